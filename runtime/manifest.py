@@ -1,0 +1,284 @@
+"""manifest.json: what a bundle is, file by file. Frozen dataclasses, a strict parser, and the digest.
+
+The export writes with `Manifest.to_json_bytes()`, the runtime reads with `Manifest.from_json_bytes()`. Unknown keys are
+errors that name them; what a producer wants to add goes under `additional_metadata`. `digest` is the digest of the
+canonical form of everything else, so one altered character shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from latentrelay.runtime.digest import json_digest
+from latentrelay.runtime.errors import BundleLayoutError, BundleTamperedError, ManifestError
+from latentrelay.runtime.samplers import SAMPLERS
+from latentrelay.runtime.strict_json import check_schema_version, parse_record, read_json, record_to_json
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = "1.0"
+MAX_MANIFEST_BYTES = 4 * 2**20
+REQUIRED_COMPONENTS = ("text_encoder", "step_full", "vae_decoder")
+DTYPES = ("float32", "float16", "int64", "int32")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The pipeline that the bundle was made from; `digest` is its model digest, "sha256:<hex>"."""
+
+    model: str
+    family: str
+    digest: str
+    licence: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """Latent geometry: channels, rows, columns, the VAE's scaling and shift, pixels per latent row."""
+
+    channels: int
+    height: int
+    width: int
+    scaling_factor: float
+    shift_factor: float
+    downscale: int
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """Picture size in pixels."""
+
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The run that is baked into the step graph; `timesteps` has one entry a step, the first step first."""
+
+    sampler: str
+    scheduler_class: str
+    scheduler_digest: str
+    num_steps: int
+    timesteps: tuple[float, ...]
+    init_noise_sigma: float
+    needs_x0_prev: bool
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: the default scale and the number of branches (2: unconditional, conditional)."""
+
+    default: float
+    branches: int = 2
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """Where tokenizer.json lies and how prompts are cut and padded to `max_length` ids."""
+
+    path: str
+    max_length: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a graph: its name there, its role in the loop, dtype, shape (strings: dynamic axes)."""
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One graph of the bundle."""
+
+    role: str
+    path: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file: POSIX path inside the bundle, size, bare hex sha256."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class BackendSpec:
+    """What runs the graphs: backend name, execution providers in order of preference, session options."""
+
+    name: str
+    providers: tuple[str, ...]
+    session_options: Mapping[str, int | float | str | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SelftestSpec:
+    """Sample inputs and expected outputs; a device passes when every component reaches `tolerance_db` SNR."""
+
+    path: str
+    tolerance_db: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole manifest. Build one without `digest`, then `sealed()` fills it in."""
+
+    name: str
+    created_by: Mapping[str, str]
+    source: Source
+    profile: Mapping[str, Any]
+    precision: str
+    latent: LatentSpec
+    image: ImageSpec
+    prediction_type: str
+    schedule: Schedule
+    guidance: Guidance
+    tokenizer: TokenizerSpec
+    components: Mapping[str, Component]
+    files: tuple[FileEntry, ...]
+    backend: BackendSpec
+    parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    selftest: SelftestSpec | None = None
+    additional_metadata: Mapping[str, Any] = field(default_factory=dict)
+    schema_version: str = SCHEMA_VERSION
+    digest: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        document: dict[str, Any] = record_to_json(self)
+        return document
+
+    def sealed(self) -> Manifest:
+        """The same manifest with its digest filled in; raises ManifestError if the manifest contradicts itself."""
+        digest = manifest_digest(self.to_dict())
+        return Manifest.from_dict({**self.to_dict(), "digest": digest})
+
+    def to_json_bytes(self) -> bytes:
+        """What to write to manifest.json: indented for people, a newline at the end."""
+        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        return (text + "\n").encode()
+
+    @classmethod
+    def from_dict(cls, document: Any) -> Manifest:
+        """Parse and check the JSON form: ManifestError, BundleLayoutError (paths), BundleTamperedError (digest)."""
+        try:
+            if isinstance(document, dict):
+                check_schema_version(document.get("schema_version"))
+            manifest = parse_record(cls, document)
+            if manifest.digest != manifest_digest(document):
+                raise BundleTamperedError(
+                    "the manifest's own digest differs from its content",
+                    path=MANIFEST_NAME,
+                    got=manifest_digest(document),
+                    expected=manifest.digest or "a digest",
+                    do="Fetch the bundle again, or build it again.",
+                )
+            _check(manifest)
+        except ValueError as error:
+            raise ManifestError(
+                f"{MANIFEST_NAME} does not follow the schema: {error}",
+                path=MANIFEST_NAME,
+                do="Build the bundle again with this version of latentrelay.",
+            ) from error
+        return manifest
+
+    @classmethod
+    def from_json_bytes(cls, text: bytes) -> Manifest:
+        """Parse manifest.json's bytes; errors as in `from_dict`."""
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise ManifestError(
+                f"{MANIFEST_NAME} is too large", path=MANIFEST_NAME, got=len(text), expected=f"<= {MAX_MANIFEST_BYTES}"
+            )
+        try:
+            document = read_json(text)
+        except ValueError as error:
+            raise ManifestError(
+                f"{MANIFEST_NAME} is not valid JSON: {error}", path=MANIFEST_NAME, do="Fetch the bundle again."
+            ) from error
+        return cls.from_dict(document)
+
+
+def manifest_digest(document: Mapping[str, Any]) -> str:
+    """ "sha256:<hex>" of the JSON form without its `digest`."""
+    return json_digest({key: value for key, value in document.items() if key != "digest"})
+
+
+def check_path(path: str) -> str:
+    """Return a bundle-relative POSIX path that cannot leave the bundle; raises BundleLayoutError otherwise."""
+    bad = "\\" in path or ":" in path or any(ord(char) < 32 for char in path) or len(path) > 240
+    if bad or any(part in ("", ".", "..") for part in path.split("/")):
+        raise BundleLayoutError(
+            "a path in the manifest could leave the bundle",
+            path=path,
+            got=repr(path),
+            expected="a relative path with '/' and without '..'",
+            do="Do not use this bundle.",
+        )
+    return path
+
+
+def _check(manifest: Manifest) -> None:
+    listed = [check_path(entry.path) for entry in manifest.files]
+    if len({path.casefold() for path in listed}) != len(listed):
+        raise ValueError("files: a path is listed twice (or differs only in case)")
+    if MANIFEST_NAME in listed:
+        raise ValueError(f"files: {MANIFEST_NAME} lists itself")
+    for entry in manifest.files:
+        if entry.bytes < 0 or len(entry.sha256) != 64 or not set(entry.sha256) <= set("0123456789abcdef"):
+            raise ValueError(f"files: {entry.path} needs bytes >= 0 and a lower-case hex sha256")
+    used = [component.path for component in manifest.components.values()] + [manifest.tokenizer.path]
+    used += [manifest.selftest.path] if manifest.selftest else []
+    for path in used:
+        if check_path(path) not in listed:
+            raise ValueError(f"{path} is used but not listed under files")
+    _check_numbers(manifest)
+
+
+def _check_numbers(manifest: Manifest) -> None:
+    latent, image, schedule, tokenizer = manifest.latent, manifest.image, manifest.schedule, manifest.tokenizer
+    if (image.height, image.width) != (latent.height * latent.downscale, latent.width * latent.downscale):
+        raise ValueError(f"image: got {image.height}x{image.width}, expected latent size times latent.downscale")
+    if min(latent.channels, latent.height, latent.width, latent.downscale) < 1 or latent.scaling_factor == 0:
+        raise ValueError("latent: sizes must be positive and scaling_factor not 0")
+    if schedule.num_steps < 1 or len(schedule.timesteps) != schedule.num_steps:
+        raise ValueError(
+            f"schedule: got {len(schedule.timesteps)} timesteps, expected num_steps = {schedule.num_steps}"
+        )
+    if schedule.sampler not in SAMPLERS:
+        raise ValueError(f"schedule.sampler: got {schedule.sampler}, expected {' | '.join(SAMPLERS)}")
+    if manifest.prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"prediction_type: got {manifest.prediction_type}, expected epsilon | v_prediction")
+    if manifest.guidance.branches != 2:
+        raise ValueError(f"guidance.branches: got {manifest.guidance.branches}, expected 2")
+    if tokenizer.max_length < 2 or min(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) < 0:
+        raise ValueError("tokenizer: max_length must be at least 2 and ids not negative")
+    missing = [name for name in REQUIRED_COMPONENTS if name not in manifest.components]
+    if missing:
+        raise ValueError(f"components: {missing[0]} is missing")
+    for name, component in manifest.components.items():
+        for port in component.inputs + component.outputs:
+            if port.dtype not in DTYPES:
+                raise ValueError(
+                    f"components.{name}.{port.name}: got dtype {port.dtype}, expected {' | '.join(DTYPES)}"
+                )
+
+
+def replace_files(manifest: Manifest, files: tuple[FileEntry, ...]) -> Manifest:
+    """A sealed copy with another file list, for a writer that adds files last."""
+    return dataclasses.replace(manifest, files=files, digest="").sealed()
