@@ -1,0 +1,1 @@
+"""Compression: turns a source pipeline and a device profile into a Plan. Import from the modules; nothing runs here."""

@@ -1,0 +1,35 @@
+"""Every error the compression side raises. A message says what, what was got, what was expected and what to do.
+
+CompressError
+|- UnsupportedSchedulerError   the scheduler, or one named setting of it, has no linear two-step table
+|- PlanError                   a Plan on disk or in memory does not follow the schema
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CompressError(Exception):
+    """Root of the tree; `exit_status` is what the command returns: 1 failed, 2 misused, 3 refused."""
+
+    exit_status: ClassVar[int] = 1
+
+
+class UnsupportedSchedulerError(CompressError):
+    """The scheduler's step is not `x' = a x + b e + c x0_prev`; `.part` names the class or the setting at fault."""
+
+    exit_status = 3
+
+    def __init__(self, part: str, *, got: object, expected: object) -> None:
+        super().__init__(
+            f"no solver table for this scheduler: {part} is {got!r}, expected {expected!r}. "
+            "Build with sampler 'dpmsolver++' or 'ddim', whose settings override the source's."
+        )
+        self.part, self.got, self.expected = part, got, expected
+
+
+class PlanError(CompressError):
+    """plan.json or plan.safetensors is missing, malformed, of another version, or contradicts itself."""
+
+    exit_status = 3

@@ -1,0 +1,172 @@
+"""The Plan: every decision and table that compression hands to export, as `plan.json` and `plan.safetensors`.
+
+Two frozen stages: `recipe` (decided before export: source, profile, schedule, one solver row a step, a mask per split,
+precision, corrections with their evidence) and `tables` (arrays fitted on the exported graphs). JSON holds decisions
+(floats round-trip exactly), safetensors holds arrays. It is a record and a contract; it computes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from latentrelay.compress.errors import PlanError
+from latentrelay.compress.plan_json import parse_plan_record, plan_record_to_json
+from latentrelay.compress.solver_tables import SolverRow, SolverTable
+
+SCHEMA_VERSION = "1.0"
+PLAN_JSON, PLAN_TABLES = "plan.json", "plan.safetensors"
+
+
+@dataclass(frozen=True)
+class PlanSource:
+    """The source pipeline: where it came from, its model digest ("sha256:<hex>") and its family ("sd1", "sd2")."""
+
+    model: str
+    digest: str
+    family: str
+
+
+@dataclass(frozen=True)
+class SplitMask:
+    """One supported split k: what each device step k..N-1 is ("full" computes the network, "predicted" does not)."""
+
+    split: int
+    mask: tuple[Literal["full", "predicted"], ...]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A correction's held-out error with and without it, in `metric`, and whether it was kept."""
+
+    name: str
+    error_without: float
+    error_with: float
+    verdict: Literal["kept", "dropped"]
+    metric: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything decided before export. `solver` and `timesteps` have one entry a step, the first step first."""
+
+    source: PlanSource
+    profile: Mapping[str, Any]
+    sampler: str
+    scheduler_class: str
+    scheduler_digest: str
+    num_steps: int
+    timesteps: tuple[int | float, ...]
+    init_noise_sigma: float
+    solver: tuple[SolverRow, ...]
+    splits: tuple[SplitMask, ...]
+    quantisation: Mapping[str, Any] = field(default_factory=lambda: {"precision": "fp32"})
+    corrections: tuple[Evidence, ...] = ()
+
+    @property
+    def solver_table(self) -> SolverTable:
+        """The solver rows with their timesteps, as the step graph takes them."""
+        return SolverTable(self.solver, self.timesteps, self.init_noise_sigma)
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """Arrays that the step graph gathers by step: `guidance_multiplier` (N,) float64, 1 leaves the scale as asked."""
+
+    guidance_multiplier: NDArray[np.float64]
+
+    def __eq__(self, other: object) -> bool:
+        """Bit for bit, dtype and shape included."""
+        if not isinstance(other, Tables):
+            return NotImplemented
+        mine, theirs = self.guidance_multiplier, other.guidance_multiplier
+        return (mine.dtype, mine.shape, mine.tobytes()) == (theirs.dtype, theirs.shape, theirs.tobytes())
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Recipe and tables of one bundle. Raises PlanError when they contradict each other."""
+
+    recipe: Recipe
+    tables: Tables
+    schema_version: str = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def save(self, folder: Path | str) -> None:
+        """Write plan.json (canonical, so equal plans are equal bytes) and plan.safetensors into `folder`."""
+        document = {"schema_version": self.schema_version, "recipe": plan_record_to_json(self.recipe)}
+        text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        blob = save_tensors({"guidance_multiplier": np.ascontiguousarray(self.tables.guidance_multiplier)})
+        Path(folder, PLAN_JSON).write_text(text + "\n", encoding="utf-8")
+        Path(folder, PLAN_TABLES).write_bytes(blob)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Plan:
+        """Read a plan back, bit for bit; PlanError on a missing file, an unknown key or another schema version."""
+        try:
+            document = json.loads(Path(folder, PLAN_JSON).read_text(encoding="utf-8"))
+            arrays = load_tensors(Path(folder, PLAN_TABLES).read_bytes())
+        except (OSError, ValueError) as error:
+            raise PlanError(f"the plan in {folder} cannot be read: {error}. Build the bundle again.") from error
+        except Exception as error:  # safetensors raises a class of its own, outside the standard tree
+            raise PlanError(f"{PLAN_TABLES} in {folder} is malformed: {error}. Build the bundle again.") from error
+        if not isinstance(document, dict) or set(document) != {"schema_version", "recipe"}:
+            raise PlanError(f"{PLAN_JSON}: expected the keys schema_version and recipe. Build the bundle again.")
+        if document["schema_version"] != SCHEMA_VERSION:
+            raise PlanError(f"{PLAN_JSON}: schema_version is {document['schema_version']!r}, expected {SCHEMA_VERSION}")
+        if set(arrays) != {"guidance_multiplier"}:
+            raise PlanError(f"{PLAN_TABLES}: got arrays {sorted(arrays)}, expected guidance_multiplier alone")
+        return cls(parse_plan_record(Recipe, document["recipe"]), Tables(**arrays))
+
+
+def full_plan(
+    source: PlanSource, profile: Mapping[str, Any], sampler: str, scheduler_class: str, digest: str, table: SolverTable
+) -> Plan:
+    """The plain plan: every step computed in full, fp32, no corrections, every split 0..N supported.
+
+    `digest` is the scheduler's configuration digest ("sha256:<hex>").
+    """
+    num_steps = len(table.rows)
+    recipe = Recipe(
+        source=source,
+        profile=dict(profile),
+        sampler=sampler,
+        scheduler_class=scheduler_class,
+        scheduler_digest=digest,
+        num_steps=num_steps,
+        timesteps=table.timesteps,
+        init_noise_sigma=table.init_noise_sigma,
+        solver=table.rows,
+        splits=tuple(SplitMask(k, ("full",) * (num_steps - k)) for k in range(num_steps + 1)),
+    )
+    return Plan(recipe, Tables(np.ones(num_steps, dtype=np.float64)))
+
+
+def _check(plan: Plan) -> None:
+    recipe, multiplier = plan.recipe, plan.tables.guidance_multiplier
+    lengths = {"timesteps": len(recipe.timesteps), "solver": len(recipe.solver)}
+    for name, length in lengths.items():
+        if length != recipe.num_steps or length < 1:
+            raise PlanError(f"recipe.{name}: got {length} entries, expected num_steps = {recipe.num_steps}")
+    for split in recipe.splits:
+        if not 0 <= split.split <= recipe.num_steps or len(split.mask) != recipe.num_steps - split.split:
+            raise PlanError(f"recipe.splits: split {split.split} has {len(split.mask)} steps, expected N - split")
+    if multiplier.dtype != np.float64 or multiplier.shape != (recipe.num_steps,):
+        got = f"{multiplier.dtype} {multiplier.shape}"
+        raise PlanError(f"tables.guidance_multiplier: got {got}, expected float64 ({recipe.num_steps},)")
+    numbers = [value for row in recipe.solver for value in dataclasses.astuple(row)]
+    if not (np.isfinite(numbers).all() and np.isfinite(multiplier).all()):
+        raise PlanError("the plan holds NaN or Inf, expected finite numbers. Fit the tables again.")

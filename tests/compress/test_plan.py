@@ -1,0 +1,81 @@
+"""The Plan on disk: bit for bit, canonical, strict."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from latentrelay.compress.errors import PlanError
+from latentrelay.compress.plan import Evidence, Plan, PlanSource, SplitMask, Tables, full_plan
+from latentrelay.compress.solver_tables import SolverRow, SolverTable
+
+
+def some_plan() -> Plan:
+    generator = np.random.default_rng(0)
+    rows = tuple(SolverRow(*map(float, generator.standard_normal(7) / 3)) for _ in range(3))
+    table = SolverTable(rows, (999, 500.25, 1), 14.6146)
+    source = PlanSource("somewhere", "sha256:" + "0" * 64, "sd1")
+    plan = full_plan(source, {"name": "x", "nested": {"a": [1, 2.5]}}, "dpmsolver++", "Class", "sha256:1", table)
+    recipe = dataclasses.replace(plan.recipe, corrections=(Evidence("bias", 0.1 + 0.2, 1 / 3, "kept", "nmse"),))
+    return Plan(recipe, Tables(generator.standard_normal(3)))
+
+
+def test_a_plan_round_trips_bit_for_bit(tmp_path: Path) -> None:
+    plan = some_plan()
+    plan.save(tmp_path)
+    again = Plan.load(tmp_path)
+    assert again == plan
+    assert again.recipe.solver_table.rows == plan.recipe.solver
+    before = [(tmp_path / name).read_bytes() for name in ("plan.json", "plan.safetensors")]
+    again.save(tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in ("plan.json", "plan.safetensors")] == before
+
+
+def test_every_split_of_a_full_plan_computes_every_step() -> None:
+    assert some_plan().recipe.splits == tuple(SplitMask(k, ("full",) * (3 - k)) for k in range(4))
+
+
+def test_one_bit_in_a_table_is_another_plan() -> None:
+    plan = some_plan()
+    other = plan.tables.guidance_multiplier.copy()
+    other[1] = np.nextafter(other[1], 9.0)
+    assert Plan(plan.recipe, Tables(other)) != plan
+
+
+def edit(folder: Path, change: Any) -> None:
+    document = json.loads((folder / "plan.json").read_text())
+    change(document)
+    (folder / "plan.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda d: d["recipe"].update(surprise=1), "recipe.surprise is unknown"),
+        (lambda d: d["recipe"].pop("sampler"), "recipe.sampler is missing"),
+        (lambda d: d.update(schema_version="2.0"), "schema_version"),
+        (lambda d: d.update(more=1), "schema_version and recipe"),
+        (lambda d: d["recipe"].update(num_steps="3"), "recipe.num_steps"),
+        (lambda d: d["recipe"]["timesteps"].pop(), "recipe.timesteps: got 2"),
+        (lambda d: d["recipe"]["splits"][0]["mask"].pop(), "split 0"),
+        (lambda d: d["recipe"]["splits"][0]["mask"].__setitem__(0, "guess"), "mask[0]"),
+        (lambda d: d["recipe"]["solver"][1].update(a=float("nan")), "NaN"),
+    ],
+)
+def test_what_breaks_the_schema_is_named(tmp_path: Path, change: Any, named: str) -> None:
+    some_plan().save(tmp_path)
+    edit(tmp_path, change)
+    with pytest.raises(PlanError) as caught:
+        Plan.load(tmp_path)
+    assert named in str(caught.value)
+
+
+def test_missing_and_truncated_files_are_plan_errors(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="cannot be read"):
+        Plan.load(tmp_path)
+    some_plan().save(tmp_path)
+    (tmp_path / "plan.safetensors").write_bytes(b"\x00" * 5)
+    with pytest.raises(PlanError):
+        Plan.load(tmp_path)
