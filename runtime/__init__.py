@@ -1,1 +1,36 @@
+"""The device's half of latentrelay: verified bundles, the step loop, the handoff and the cloud client.
 
+NumPy alone at import; ONNX Runtime, tokenizers, httpx and pillow when they are used. Never torch, diffusers,
+transformers or onnx.
+
+    from latentrelay.runtime import generate
+    generate("bundle", "a red circle", seed=7, cloud="http://127.0.0.1:8000", split=10).save_png("out.png")
+"""
+
+from latentrelay.runtime.bundle import Bundle
+from latentrelay.runtime.cloud_client import CloudClient
+from latentrelay.runtime.errors import LatentRelayError
+from latentrelay.runtime.generate import Result, generate
+from latentrelay.runtime.handoff import MEDIA_TYPE, Handoff, HandoffMeta
+from latentrelay.runtime.handoff_request import HandoffRequest
+from latentrelay.runtime.manifest import Manifest
+from latentrelay.runtime.noise import initial_noise
+from latentrelay.runtime.selftest import SelftestReport
+from latentrelay.runtime.session import Session, StepEvent
+
+__all__ = [
+    "MEDIA_TYPE",
+    "Bundle",
+    "CloudClient",
+    "Handoff",
+    "HandoffMeta",
+    "HandoffRequest",
+    "LatentRelayError",
+    "Manifest",
+    "Result",
+    "SelftestReport",
+    "Session",
+    "StepEvent",
+    "generate",
+    "initial_noise",
+]

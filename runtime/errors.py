@@ -12,6 +12,7 @@ LatentRelayError
 |                         |- CloudProtocolError    an answer that breaks the protocol
 |- MissingExtraError      an optional dependency is not installed
 |- RequestError           the caller's arguments make no sense
+|- RunCancelledError      the caller's cancel function said stop
 """
 
 from __future__ import annotations
@@ -149,3 +150,7 @@ class RequestError(LatentRelayError):
     """The caller's arguments make no sense together or are out of range."""
 
     exit_status = MISUSED
+
+
+class RunCancelledError(LatentRelayError):
+    """The caller's `cancel` function returned True between two stages or steps."""

@@ -166,8 +166,14 @@ class Manifest:
 
     def sealed(self) -> Manifest:
         """The same manifest with its digest filled in; raises ManifestError if the manifest contradicts itself."""
-        digest = manifest_digest(self.to_dict())
-        return Manifest.from_dict({**self.to_dict(), "digest": digest})
+        document = self.to_dict()
+        try:
+            digest = manifest_digest(document)
+        except (TypeError, ValueError) as error:
+            raise ManifestError(
+                f"the manifest cannot be written as JSON: {error}", do="Write finite numbers, strings, lists, objects."
+            ) from error
+        return Manifest.from_dict({**document, "digest": digest})
 
     def to_json_bytes(self) -> bytes:
         """What to write to manifest.json: indented for people, a newline at the end."""

@@ -1,0 +1,63 @@
+"""What a device asks the cloud for: the JSON body of POST /v1/handoffs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentrelay.runtime.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class HandoffRequest:
+    """Run steps 0 .. split-1 of num_steps and hand over. Sizes are pixels; dtype is the wire's, "float16" | "float32".
+
+    The last three are what the device's bundle was built from; a cloud that serves something else refuses (409).
+    """
+
+    prompt: str
+    height: int
+    width: int
+    num_steps: int
+    split: int
+    negative_prompt: str = ""
+    seed: int = 0
+    guidance: float = 7.5
+    dtype: str = "float16"
+    sampler: str | None = None
+    model_digest: str | None = None
+    scheduler_digest: str | None = None
+
+    @classmethod
+    def for_bundle(
+        cls,
+        manifest: Manifest,
+        prompt: str,
+        *,
+        split: int,
+        negative_prompt: str = "",
+        seed: int = 0,
+        guidance: float | None = None,
+        dtype: str = "float16",
+    ) -> HandoffRequest:
+        """The request whose answer fits the bundle: size, steps, sampler and digests from its manifest."""
+        return cls(
+            prompt=prompt,
+            height=manifest.image.height,
+            width=manifest.image.width,
+            num_steps=manifest.schedule.num_steps,
+            split=split,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            guidance=manifest.guidance.default if guidance is None else guidance,
+            dtype=dtype,
+            sampler=manifest.schedule.sampler,
+            model_digest=manifest.source.digest,
+            scheduler_digest=manifest.schedule.scheduler_digest,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON body; absent fields are left out."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}

@@ -1,0 +1,132 @@
+"""ONNX Runtime behind the backend protocol: providers, threads and session options from the manifest.
+
+A bundle names providers in order of preference; those that this machine's ONNX Runtime lacks are skipped and the CPU
+provider stands last, and what was really set up is reported. Providers that the caller names must be there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from latentrelay.runtime.backend import Arrays, fitted
+from latentrelay.runtime.errors import MissingExtraError, RequestError, SessionError
+from latentrelay.runtime.manifest import BackendSpec, Component
+from numpy.typing import NDArray
+
+CPU = "CPUExecutionProvider"
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+}
+_LEVELS = {
+    "none": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+_ERRORS_ONLY = 3
+
+
+class OnnxRuntimeBackend:
+    """Loads graphs with ONNX Runtime. `threads` overrides the manifest's intra-op threads (0: ORT's own choice)."""
+
+    def __init__(self, spec: BackendSpec, *, providers: Sequence[str] | None, threads: int | None) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingExtraError("onnxruntime", None, purpose="Running a bundle") from error
+        self._ort: Any = onnxruntime
+        self._providers = _choose(spec.providers, providers, onnxruntime.get_available_providers())
+        options = dict(spec.session_options)
+        if threads is not None:
+            if threads < 0:
+                raise RequestError("threads is out of range", got=threads, expected="0 (automatic) or more")
+            options["intra_op_threads"] = threads
+        self._options = _session_options(onnxruntime, options)
+
+    def load(self, path: Path, component: Component) -> OnnxRuntimeGraph:
+        """Load one graph; raises SessionError naming it."""
+        try:
+            session = self._ort.InferenceSession(str(path), self._options, providers=list(self._providers))
+        except Exception as error:  # the binding's own classes share no narrower root
+            raise SessionError(
+                f"ONNX Runtime cannot load {component.path}: {error}",
+                do="Verify the bundle; if it is intact, build it for this machine's ONNX Runtime.",
+            ) from error
+        _check_signature(session, component)
+        return OnnxRuntimeGraph(session, component)
+
+
+class OnnxRuntimeGraph:
+    """One loaded graph; see `Graph`."""
+
+    def __init__(self, session: Any, component: Component) -> None:
+        self._session, self._component = session, component
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """What ONNX Runtime really set up."""
+        return tuple(self._session.get_providers())
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Run once; raises RequestError on inputs that do not fit, SessionError when the run fails."""
+        names = [port.name for port in self._component.outputs]
+        feeds = fitted(self._component, inputs)
+        try:
+            outputs = self._session.run(names, feeds)
+        except Exception as error:  # as above
+            raise SessionError(f"ONNX Runtime failed in {self._component.path}: {error}") from error
+        return dict(zip(names, outputs, strict=True))
+
+
+def _choose(wanted: Sequence[str], asked: Sequence[str] | None, available: Sequence[str]) -> tuple[str, ...]:
+    for name in asked or ():
+        if name not in available:
+            raise SessionError(
+                "an execution provider is not available here",
+                got=name,
+                expected=" | ".join(available),
+                do="Install the ONNX Runtime build that has it, or name another.",
+            )
+    chosen = [name for name in asked or wanted if name in available]
+    return tuple(chosen if CPU in chosen or asked else [*chosen, CPU])
+
+
+def _session_options(ort: Any, options: Mapping[str, Any]) -> Any:
+    """Named options of the manifest as ORT's; keys "config.<entry>" go to `add_session_config_entry`."""
+    session_options = ort.SessionOptions()
+    session_options.log_severity_level = _ERRORS_ONLY
+    setters: dict[str, Callable[[Any], None]] = {
+        "intra_op_threads": lambda value: setattr(session_options, "intra_op_num_threads", int(value)),
+        "inter_op_threads": lambda value: setattr(session_options, "inter_op_num_threads", int(value)),
+        "memory_pattern": lambda value: setattr(session_options, "enable_mem_pattern", bool(value)),
+        "cpu_arena": lambda value: setattr(session_options, "enable_cpu_mem_arena", bool(value)),
+        "graph_optimization": lambda value: setattr(
+            session_options, "graph_optimization_level", getattr(ort.GraphOptimizationLevel, _LEVELS[value])
+        ),
+    }
+    for key, value in options.items():
+        if key.startswith("config."):
+            session_options.add_session_config_entry(key.removeprefix("config."), str(value))
+        elif key not in setters or (key == "graph_optimization" and value not in _LEVELS):
+            allowed = ", ".join([*setters, "config.<entry>"])
+            raise SessionError("unknown session option in the manifest", got=f"{key}={value}", expected=allowed)
+        else:
+            setters[key](value)
+    return session_options
+
+
+def _check_signature(session: Any, component: Component) -> None:
+    """The graph's own inputs and outputs must be the manifest's, by name and dtype; undeclared outputs are fine."""
+    inputs = {port.name: _DTYPES.get(port.type, port.type) for port in session.get_inputs()}
+    outputs = {port.name: _DTYPES.get(port.type, port.type) for port in session.get_outputs()}
+    declared_in = {port.name: port.dtype for port in component.inputs}
+    declared_out = {port.name: port.dtype for port in component.outputs}
+    if inputs != declared_in:
+        raise SessionError(f"{component.path} has other inputs than the manifest", got=inputs, expected=declared_in)
+    if any(outputs.get(name) != dtype for name, dtype in declared_out.items()):
+        raise SessionError(f"{component.path} has other outputs than the manifest", got=outputs, expected=declared_out)

@@ -1,0 +1,86 @@
+"""The bundle's self-test: its sample inputs through this machine's graphs, against its expected outputs.
+
+selftest.safetensors holds `<component>.in.<input>` and `<component>.out.<output>`. The measure is the graph error,
+SNR dB = 10 log10(sum ref^2 / sum err^2), worst output of each component.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from latentrelay.runtime.errors import BundleTamperedError, MissingExtraError, RequestError
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from latentrelay.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class SelftestReport:
+    """SNR in dB per component (inf: equal), the bundle's tolerance, and whether every component reaches it."""
+
+    snr_db: dict[str, float]
+    tolerance_db: float
+
+    @property
+    def ok(self) -> bool:
+        """True when at least one component was run and all reach the tolerance."""
+        return bool(self.snr_db) and all(value >= self.tolerance_db for value in self.snr_db.values())
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The component with the lowest SNR, and that SNR."""
+        return min(self.snr_db.items(), key=lambda pair: pair[1])
+
+
+def run_selftest(session: Session) -> SelftestReport:
+    """Run the self-test; components that were not open are released again, so only one is held at a time.
+
+    Raises RequestError if the bundle has none, BundleTamperedError if the file and the manifest contradict each other.
+    """
+    spec = session.manifest.selftest
+    if spec is None:
+        raise RequestError("the bundle has no self-test", do="Build it again with this version of latentrelay.")
+    inputs, expected = _read(session, spec.path)
+    values = {}
+    for component, outputs in expected.items():
+        was_open = session.is_open(component)
+        got = session.run_component(component, inputs.get(component, {}))
+        values[component] = min(snr_db(array, got[name]) for name, array in outputs.items())
+        if not was_open:
+            session.release(component)
+    return SelftestReport(values, spec.tolerance_db)
+
+
+def snr_db(reference: NDArray[Any], measured: NDArray[Any]) -> float:
+    """10 log10(sum ref^2 / sum err^2): inf when equal, -inf when shapes differ or something is not finite."""
+    if reference.shape != measured.shape or not np.isfinite(measured).all():
+        return -math.inf
+    signal = float(np.sum(np.square(reference, dtype=np.float64)))
+    error = float(np.sum(np.square(reference.astype(np.float64) - measured)))
+    if error == 0.0:
+        return math.inf
+    return 10 * math.log10(signal / error) if signal > 0 else -math.inf
+
+
+def _read(session: Session, path: str) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    try:
+        from safetensors.numpy import load_file
+    except ImportError as error:
+        raise MissingExtraError("safetensors", None, purpose="The self-test") from error
+    sides: dict[str, dict[str, dict[str, Any]]] = {"in": {}, "out": {}}
+    try:
+        tensors = load_file(session.bundle.file(path))
+    except Exception as error:  # SafetensorError derives from Exception alone
+        raise BundleTamperedError(f"{path} is not a safetensors file: {error}", path=path) from error
+    for key, array in tensors.items():
+        component, side, port = [*key.split(".", 2), "", ""][:3]
+        spec = session.manifest.components.get(component)
+        ports = () if spec is None else spec.outputs if side == "out" else spec.inputs
+        if side not in sides or port not in {item.name for item in ports}:
+            raise BundleTamperedError(f"{path} names a tensor that the manifest does not know", path=path, got=key)
+        sides[side].setdefault(component, {})[port] = array
+    return sides["in"], sides["out"]
