@@ -6,6 +6,7 @@ Cloud and export both build `getattr(diffusers, rule.scheduler_class).from_confi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -71,7 +72,7 @@ def sampler_rule(name: str) -> SamplerRule:
 def scheduler_digest(class_name: str, config: Mapping[str, Any]) -> str:
     """ "sha256:<hex>" of a scheduler's class and configuration.
 
-    Keys that start with "_" (versions, bookkeeping) and values that are None are left out; arrays count as lists.
+    Keys that start with "_" (versions, bookkeeping) and values that are None are left out; arrays count as lists, infinities as strings.
     """
     kept = {key: _plain(value) for key, value in config.items() if not key.startswith("_") and value is not None}
     return json_digest({"class": class_name, "config": kept})
@@ -84,4 +85,6 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)  # lambda_min_clipped is -inf by default, which canonical JSON does not have
     return value
