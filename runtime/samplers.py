@@ -72,7 +72,8 @@ def sampler_rule(name: str) -> SamplerRule:
 def scheduler_digest(class_name: str, config: Mapping[str, Any]) -> str:
     """ "sha256:<hex>" of a scheduler's class and configuration.
 
-    Keys that start with "_" (versions, bookkeeping) and values that are None are left out; arrays count as lists, infinities as strings.
+    Keys that start with "_" (versions, bookkeeping) and values that are None are left out; arrays count
+    as lists, infinities as strings.
     """
     kept = {key: _plain(value) for key, value in config.items() if not key.startswith("_") and value is not None}
     return json_digest({"class": class_name, "config": kept})
