@@ -7,8 +7,11 @@ memory selected away at step 0.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -308,8 +311,6 @@ def _pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def bundle_folder(_pristine: Path, tmp_path: Path) -> Path:
     """A fresh copy of the tiny bundle."""
-    import shutil
-
     return Path(shutil.copytree(_pristine, tmp_path / "bundle"))
 
 
@@ -323,9 +324,11 @@ Answer = tuple[int, dict[str, str], bytes]
 
 
 class LoopbackServer:
-    """A real HTTP server on a loopback port; `answer(method, path, headers, body)` says what it returns."""
+    """A real HTTP server on a loopback port; `answer(method, path, headers, body)` says what it returns.
 
-    def __init__(self, answer: Callable[[str, str, dict[str, str], bytes], Answer]) -> None:
+    `pause_s` sends the body byte by byte with pauses."""
+
+    def __init__(self, answer: Callable[[str, str, dict[str, str], bytes], Answer], pause_s: float = 0.0) -> None:
         self.requests: list[tuple[str, str, dict[str, str], bytes]] = []
         requests = self.requests
 
@@ -339,7 +342,14 @@ class LoopbackServer:
                 for key, value in {"Content-Length": str(len(data)), **answer_headers}.items():
                     self.send_header(key, value)
                 self.end_headers()
-                self.wfile.write(data)
+                self._write(data)
+
+            def _write(self, data: bytes) -> None:
+                pieces = [data[i : i + 1] for i in range(len(data))] if pause_s else [data]
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    for piece in pieces:
+                        self.wfile.write(piece)
+                        time.sleep(pause_s)
 
             do_GET = do_POST = _serve
 
@@ -363,8 +373,8 @@ def serve() -> Iterator[Callable[[Callable[..., Answer]], LoopbackServer]]:
     """Start loopback servers that stop with the test."""
     servers: list[LoopbackServer] = []
 
-    def start(answer: Callable[..., Answer]) -> LoopbackServer:
-        servers.append(LoopbackServer(answer))
+    def start(answer: Callable[..., Answer], pause_s: float = 0.0) -> LoopbackServer:
+        servers.append(LoopbackServer(answer, pause_s))
         return servers[-1]
 
     yield start
