@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
-
 from latentrelay.compress.errors import PlanError
 from latentrelay.compress.plan_json import parse_plan_record, plan_record_to_json
 from latentrelay.compress.solver_tables import SolverRow, SolverTable
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 
 SCHEMA_VERSION = "1.0"
 PLAN_JSON, PLAN_TABLES = "plan.json", "plan.safetensors"
@@ -140,6 +139,7 @@ def full_plan(
     `digest` is the scheduler's configuration digest ("sha256:<hex>").
     """
     num_steps = len(table.rows)
+    full: tuple[Literal["full", "predicted"], ...] = ("full",) * num_steps
     recipe = Recipe(
         source=source,
         profile=dict(profile),
@@ -150,7 +150,7 @@ def full_plan(
         timesteps=table.timesteps,
         init_noise_sigma=table.init_noise_sigma,
         solver=table.rows,
-        splits=tuple(SplitMask(k, ("full",) * (num_steps - k)) for k in range(num_steps + 1)),
+        splits=tuple(SplitMask(k, full[k:]) for k in range(num_steps + 1)),
     )
     return Plan(recipe, Tables(np.ones(num_steps, dtype=np.float64)))
 

@@ -14,7 +14,6 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-
 from latentrelay.compress.errors import UnsupportedSchedulerError
 
 # Lanes of the probe: x alone, e alone, memory alone, nothing (catches noise), and a mixture (catches non-linearity).

@@ -1,0 +1,110 @@
+"""manifest.json of a bundle: ports read off the samples, the schedule off the plan, files off the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from latentrelay.compress.plan import Plan
+from latentrelay.device_profiles import DeviceProfile
+from latentrelay.export.bundle_folder import list_files
+from latentrelay.export.parity import Sample
+from latentrelay.export.reference_run import GUIDANCE
+from latentrelay.export.source import SourceModel
+from latentrelay.runtime.manifest import (
+    MANIFEST_NAME,
+    BackendSpec,
+    Component,
+    Guidance,
+    ImageSpec,
+    LatentSpec,
+    Manifest,
+    Port,
+    Schedule,
+    SelftestSpec,
+    Source,
+    TokenizerSpec,
+)
+from latentrelay.runtime.samplers import sampler_rule
+
+PATHS: Mapping[str, str] = {
+    "text_encoder": "text_encoder/model.onnx",
+    "unet": "unet/model.onnx",
+    "step_full": "unet/step_full.onnx",
+    "vae_decoder": "vae_decoder/model.onnx",
+}
+# A port's role is its name, but for the step graph's outputs, which are the next step's inputs.
+_ROLES = {"next_latents": "latents", "next_x0_prev": "x0_prev"}
+_BATCHED = ("text_encoder", "unet", "vae_decoder")
+
+
+def ports(samples: Mapping[str, list[Sample]], *, dynamic_batch: bool) -> dict[str, Component]:
+    """The components with their inputs and outputs, in the graphs' order, as the samples have them."""
+    components = {}
+    for name, cases in samples.items():
+        free = dynamic_batch and name in _BATCHED
+        sides = [
+            tuple(_port(port, array, free) for port, array in arrays.items())
+            for arrays in (cases[0].inputs, cases[0].outputs)
+        ]
+        components[name] = Component(name, PATHS[name], sides[0], sides[1])
+    return components
+
+
+def _port(name: str, array: Any, free: bool) -> Port:
+    shape: tuple[int | str, ...] = tuple(int(size) for size in array.shape)
+    if free and shape:
+        shape = ("batch", *shape[1:])
+    return Port(name, _ROLES.get(name, name), str(array.dtype), shape)
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    name: str,
+    source: SourceModel,
+    profile: DeviceProfile,
+    plan: Plan,
+    latent: tuple[int, int, int],
+    tokenizer: TokenizerSpec,
+    components: Mapping[str, Component],
+    parity: Mapping[str, Mapping[str, float]],
+    selftest: SelftestSpec,
+    tools: Mapping[str, str],
+) -> str:
+    """Write manifest.json into the finished `folder`, return its digest; `latent` = rows, columns, downscale."""
+    rows, columns, downscale = latent
+    recipe, unet, vae = plan.recipe, source.pipeline.unet.config, source.pipeline.vae.config
+    manifest = Manifest(
+        name=name,
+        created_by=dict(tools),
+        source=Source(source.model, source.family, source.digest, source.licence, source.revision),
+        profile=recipe.profile,
+        precision="fp32",
+        latent=LatentSpec(unet.in_channels, rows, columns, float(vae.scaling_factor), 0.0, downscale),
+        image=ImageSpec(rows * downscale, columns * downscale),
+        prediction_type=source.pipeline.scheduler.config.prediction_type,
+        schedule=Schedule(
+            recipe.sampler,
+            recipe.scheduler_class,
+            recipe.scheduler_digest,
+            recipe.num_steps,
+            recipe.timesteps,
+            recipe.init_noise_sigma,
+            sampler_rule(recipe.sampler).needs_x0_prev,
+        ),
+        guidance=Guidance(default=GUIDANCE),
+        tokenizer=tokenizer,
+        components=dict(components),
+        files=list_files(folder),
+        backend=BackendSpec(
+            "onnxruntime",
+            tuple(provider.name for provider in profile.backend.execution_providers),
+            {"intra_op_threads": profile.backend.threads},
+        ),
+        parity=parity,
+        selftest=selftest,
+    ).sealed()
+    (folder / MANIFEST_NAME).write_bytes(manifest.to_json_bytes())
+    return manifest.digest

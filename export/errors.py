@@ -1,0 +1,59 @@
+"""Every error the export raises, below the runtime's root. A message says what, got, expected and what to do.
+
+LatentRelayError
+`- ExportError
+   |- SourceError               the model cannot be found or read (`.bin`/`.ckpt` pickles are never read)
+   |- UnsupportedSourceError    it can be read, but one named part of it has no export; see `.part`
+   |- OutputExistsError         the output folder holds something that must not be replaced
+   `- ParityError               a graph disagrees with torch; see `.component` and `.snr_db`
+"""
+
+from __future__ import annotations
+
+from latentrelay.runtime.errors import MISUSED, REFUSED, LatentRelayError
+
+
+class ExportError(LatentRelayError):
+    """An export did not produce a bundle; nothing was left behind."""
+
+
+class SourceError(ExportError):
+    """The source pipeline is missing, incomplete or not stored as safetensors."""
+
+    exit_status = MISUSED
+
+
+class UnsupportedSourceError(ExportError):
+    """One part of the source pipeline has no export; `.part` names it."""
+
+    exit_status = REFUSED
+
+    def __init__(self, part: str, *, got: object, expected: object) -> None:
+        super().__init__(
+            f"this pipeline cannot be exported because of its {part}",
+            got=got,
+            expected=expected,
+            do="Supported are Stable Diffusion 1.x and 2.x text-to-image pipelines of any width.",
+        )
+        self.part = part
+
+
+class OutputExistsError(ExportError):
+    """The output folder is a bundle and `overwrite` is off, or it is not a bundle at all."""
+
+    exit_status = MISUSED
+
+
+class ParityError(ExportError):
+    """A graph's output is further from torch's than the gate allows."""
+
+    exit_status = REFUSED
+
+    def __init__(self, component: str, snr_db: float, gate_db: float) -> None:
+        super().__init__(
+            f"parity gate: {component} disagrees with torch",
+            got=f"{snr_db:.1f} dB SNR",
+            expected=f">= {gate_db:.0f} dB",
+            do="Report the model; the bundle was not written.",
+        )
+        self.component, self.snr_db, self.gate_db = component, snr_db, gate_db

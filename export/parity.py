@@ -1,0 +1,158 @@
+"""The parity gate: every graph against torch on the same inputs, and a whole device-only run against diffusers'.
+
+SNR in dB is 10 log10(sum ref^2 / sum err^2). Per component the inputs are torch's own (teacher-forced), so errors do
+not add up; the chained run feeds every step with the last one's output, as a device does. Below the gates nothing ships.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from latentrelay.compress.plan import Plan
+from latentrelay.export.errors import ParityError
+from latentrelay.export.onnx_graphs import TextEncoderGraph, UNetGraph, VaeDecoderGraph
+from latentrelay.export.reference_run import Floats, ReferenceRun
+from numpy.typing import NDArray
+
+COMPONENT_GATE_DB, CHAINED_GATE_DB = 60.0, 50.0
+_FORCED_STEPS = 5  # teacher-forced steps of the step graph: the ends, their neighbours and the middle
+
+Feeds = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs of one graph and what torch says comes out, by the graph's own names."""
+
+    inputs: Feeds
+    outputs: Feeds
+
+
+def snr_db(reference: NDArray[Any], got: NDArray[Any]) -> float:
+    """10 log10(sum ref^2 / sum err^2); -inf when `got` is not finite, 200 at most."""
+    if reference.shape != got.shape or not np.isfinite(got).all():
+        return -math.inf
+    signal = float(np.sum(np.square(reference, dtype=np.float64)))
+    error = float(np.sum(np.square(got.astype(np.float64) - reference)))
+    if error == 0.0:
+        return 200.0
+    return min(200.0, 10.0 * math.log10(signal / error)) if signal > 0.0 else -math.inf
+
+
+def collect_samples(pipeline: Any, plan: Plan, run: ReferenceRun, needs_x0_prev: bool) -> dict[str, list[Sample]]:
+    """Teacher-forced samples for every graph, from the recorded torch run."""
+    steps = _forced_steps(plan.recipe.num_steps)
+    latent = (run.latents[-1] / np.float32(pipeline.vae.config.scaling_factor)).astype(np.float32)
+    picture = _torch(VaeDecoderGraph(pipeline.vae), latent)[0]
+    return {
+        "text_encoder": [_text_sample(pipeline, run.input_ids[row : row + 1]) for row in (0, 1)],
+        "unet": [_unet_sample(pipeline, plan, run, step) for step in sorted({steps[0], steps[len(steps) // 2]})],
+        "step_full": [_step_sample(run, step, needs_x0_prev) for step in steps],
+        "vae_decoder": [Sample({"latent_sample": latent}, {"sample": picture})],
+    }
+
+
+def _forced_steps(num_steps: int) -> list[int]:
+    wanted = {0, 1, num_steps // 2, num_steps - 2, num_steps - 1}
+    return sorted(step for step in wanted if 0 <= step < num_steps)[:_FORCED_STEPS]
+
+
+def _text_sample(pipeline: Any, input_ids: NDArray[np.int64]) -> Sample:
+    states, pooled = _torch(TextEncoderGraph(pipeline.text_encoder), input_ids)
+    return Sample({"input_ids": input_ids}, {"last_hidden_state": states, "pooler_output": pooled})
+
+
+def _unet_sample(pipeline: Any, plan: Plan, run: ReferenceRun, step: int) -> Sample:
+    scale = np.float32(plan.recipe.solver[step].s)
+    inputs: Feeds = {
+        "sample": np.concatenate([run.latents[step] * scale] * 2),
+        "timestep": np.array(plan.recipe.timesteps[step], dtype=np.float32),
+        "encoder_hidden_states": run.prompt_embeds,
+    }
+    return Sample(inputs, {"out_sample": _torch(UNetGraph(pipeline.unet), *inputs.values())[0]})
+
+
+def _step_sample(run: ReferenceRun, step: int, needs_x0_prev: bool) -> Sample:
+    inputs: Feeds = {
+        "latents": run.latents[step],
+        "step": np.array(step, dtype=np.int64),
+        "prompt_embeds": run.prompt_embeds,
+        "guidance": np.array(run.guidance, dtype=np.float32),
+    }
+    outputs: Feeds = {"next_latents": run.latents[step + 1]}
+    if needs_x0_prev:
+        inputs["x0_prev"] = run.x0_prev[step]
+        outputs["next_x0_prev"] = run.x0_prev[step + 1]
+    return Sample(inputs, outputs)
+
+
+def _torch(module: torch.nn.Module, *arrays: NDArray[Any]) -> list[Floats]:
+    with torch.no_grad():
+        result = module.eval()(*(torch.from_numpy(array) for array in arrays))
+    tensors = result if isinstance(result, tuple) else (result,)
+    return [tensor.numpy().copy() for tensor in tensors]
+
+
+def check_parity(
+    folder: Path,
+    paths: Mapping[str, str],
+    samples: Mapping[str, list[Sample]],
+    run: ReferenceRun,
+    progress: Callable[[str], None],
+) -> dict[str, dict[str, float]]:
+    """Run every graph through ONNX Runtime; returns {component: {"snr_db": lowest}} plus "chained_run".
+
+    Raises ParityError at the first one below its gate (60 dB, the chained run 50 dB).
+    """
+    report: dict[str, dict[str, float]] = {}
+    for component, cases in samples.items():
+        progress(f"parity: {component}")
+        session = open_session(folder / paths[component])
+        report[component] = {"snr_db": _gate(component, _lowest(session, cases), COMPONENT_GATE_DB)}
+        if component == "step_full":
+            progress("parity: chained run")
+            chained = _chained(session, run, "x0_prev" in cases[0].inputs)
+            report["chained_run"] = {"snr_db": _gate("chained_run", chained, CHAINED_GATE_DB)}
+    return report
+
+
+def open_session(path: Path) -> Any:
+    """An ONNX Runtime session on the CPU, as many threads as torch uses."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _lowest(session: Any, cases: list[Sample]) -> float:
+    values = []
+    for case in cases:
+        names = list(case.outputs)
+        for name, got in zip(names, session.run(names, case.inputs), strict=True):
+            values.append(snr_db(case.outputs[name], got))
+    return min(values)
+
+
+def _chained(session: Any, run: ReferenceRun, needs_x0_prev: bool) -> float:
+    latents, memory = run.latents[0], run.x0_prev[0]
+    for step in range(len(run.latents) - 1):
+        feeds: Feeds = _step_sample(run, step, needs_x0_prev).inputs | {"latents": latents}
+        if needs_x0_prev:
+            latents, memory = session.run(["next_latents", "next_x0_prev"], feeds | {"x0_prev": memory})
+        else:
+            (latents,) = session.run(["next_latents"], feeds)
+    return snr_db(run.latents[-1], latents)
+
+
+def _gate(component: str, value: float, gate_db: float) -> float:
+    if not value >= gate_db:
+        raise ParityError(component, value, gate_db)
+    return round(value, 2)

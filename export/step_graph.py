@@ -1,0 +1,66 @@
+"""The step graph's own arithmetic as two small torch modules: what comes before the U-Net in a step, and what after.
+
+`StepHead`: latents (1,C,h,w), step () -> sample (2,C,h,w), timestep (). `StepTail`: noise_pred (2,C,h,w), latents,
+step, guidance () [, x0_prev (1,C,h,w)] -> next_latents [, next_x0_prev]. Every table is gathered by `step`; there is no
+control flow. ONNX merges them around the U-Net; a Core ML export can compose the same modules in torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+import numpy as np
+import torch
+from latentrelay.compress.plan import Plan
+from torch import Tensor, nn
+
+
+class StepHead(nn.Module):
+    """Scale the latents for the network, double them for the two guidance branches, and look the timestep up."""
+
+    scale: Tensor
+    timesteps: Tensor
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        rows = plan.recipe.solver
+        self.register_buffer("scale", torch.tensor([row.s for row in rows], dtype=torch.float32))
+        self.register_buffer("timesteps", torch.tensor(plan.recipe.timesteps, dtype=torch.float32))
+        self.scaled = any(row.s != 1.0 for row in rows)
+
+    def forward(self, latents: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """latents f32 (1,C,h,w), step i64 () -> sample f32 (2,C,h,w), timestep f32 ()."""
+        if self.scaled:
+            latents = latents * self.scale[step]
+        return torch.cat([latents, latents], dim=0), self.timesteps[step]
+
+
+class StepTail(nn.Module):
+    """Guidance and solver: `x' = a x + b e + c x0_prev`, `x0 = p x + q e`, rows gathered by step."""
+
+    coefficients: Tensor
+    reads_memory: Tensor
+    guidance_multiplier: Tensor
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        rows = np.array([astuple(row) for row in plan.recipe.solver], dtype=np.float64)  # (N, 7): a b c n p q s
+        self.register_buffer("coefficients", torch.from_numpy(rows.astype(np.float32)))
+        self.register_buffer("reads_memory", torch.from_numpy(rows[:, 2] != 0.0))
+        multiplier = plan.tables.guidance_multiplier.astype(np.float32)
+        self.register_buffer("guidance_multiplier", torch.from_numpy(multiplier))
+
+    def forward(
+        self, noise_pred: Tensor, latents: Tensor, step: Tensor, guidance: Tensor, x0_prev: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Shapes as in the file's header; without memory in the solver there is one output, `next_latents`."""
+        row = self.coefficients[step]  # (7,)
+        unconditional, conditional = noise_pred[0:1], noise_pred[1:2]  # (1, C, h, w) each
+        e = unconditional + guidance * self.guidance_multiplier[step] * (conditional - unconditional)
+        next_latents = row[0] * latents + row[1] * e
+        if x0_prev is None:
+            return (next_latents,)
+        x0 = row[4] * latents + row[5] * e
+        # Unused memory is selected away, not multiplied by c = 0: what was never written may hold anything.
+        memory = torch.where(self.reads_memory[step], x0_prev, x0)
+        return next_latents + row[2] * memory, x0
