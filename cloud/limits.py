@@ -1,0 +1,17 @@
+"""What one request may ask for and how much the service takes on. One frozen value, given to the engine and the app."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sides in pixels, prompts in characters, bodies in bytes; `queue` counts the running job and those that wait."""
+
+    max_body_bytes: int = 64 * 1024
+    max_prompt_chars: int = 4000
+    max_steps: int = 200
+    max_side: int = 1024
+    max_guidance: float = 50.0
+    queue: int = 16
