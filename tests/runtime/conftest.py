@@ -315,7 +315,7 @@ def bundle_folder(_pristine: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tiny() -> SimpleNamespace:
+def kit() -> SimpleNamespace:
     """The builders and references above, without imports between test files."""
     return SimpleNamespace(**{name: value for name, value in globals().items() if not name.startswith("_")})
 

@@ -124,7 +124,7 @@ def test_no_bundle_there(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("location", ["../outside", "/etc/hostname", "sub/data", "missing", "..", ""])
-def test_external_data_stays_beside_its_graph(bundle_folder: Path, tiny: SimpleNamespace, location: str) -> None:
+def test_external_data_stays_beside_its_graph(bundle_folder: Path, kit: SimpleNamespace, location: str) -> None:
     graph = bundle_folder / "unet/step_full.onnx"
     model = onnx.load(graph, load_external_data=False)
     tensor = next(item for item in model.graph.initializer if item.name == "kernel")
@@ -132,7 +132,7 @@ def test_external_data_stays_beside_its_graph(bundle_folder: Path, tiny: SimpleN
     graph.write_bytes(model.SerializeToString())
     (bundle_folder / "unet/sub").mkdir()
     (bundle_folder / "unet/sub/data").write_bytes(b"0" * 16)
-    tiny.reseal(bundle_folder)
+    kit.reseal(bundle_folder)
     with pytest.raises(BundleLayoutError):
         Bundle.open(bundle_folder)
 
@@ -171,17 +171,17 @@ def test_the_scan_of_damaged_graphs_ends_in_a_value_error(bundle_folder: Path) -
     assert refused > len(good) // 3 - 20
 
 
-def test_a_component_that_is_no_graph_is_refused(bundle_folder: Path, tiny: SimpleNamespace) -> None:
+def test_a_component_that_is_no_graph_is_refused(bundle_folder: Path, kit: SimpleNamespace) -> None:
     (bundle_folder / "vae_decoder/model.onnx").write_bytes(b"\xff\xff")
-    tiny.reseal(bundle_folder)
+    kit.reseal(bundle_folder)
     with pytest.raises(BundleTamperedError, match="not an ONNX graph"):
         Bundle.open(bundle_folder)
 
 
-def test_replace_files_seals_anew(bundle_folder: Path, tiny: SimpleNamespace) -> None:
+def test_replace_files_seals_anew(bundle_folder: Path, kit: SimpleNamespace) -> None:
     manifest = Bundle.open(bundle_folder).manifest
     (bundle_folder / "extra").write_bytes(b"1")
-    wider = replace_files(manifest, tiny.list_files(bundle_folder))
+    wider = replace_files(manifest, kit.list_files(bundle_folder))
     (bundle_folder / "manifest.json").write_bytes(wider.to_json_bytes())
     assert Bundle.open(bundle_folder).digest != manifest.digest
     shutil.rmtree(bundle_folder)

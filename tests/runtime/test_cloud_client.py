@@ -33,8 +33,8 @@ def answered(blob: bytes, **changes: str) -> tuple[int, dict[str, str], bytes]:
     return 200, {key: value for key, value in headers.items() if value}, blob
 
 
-def test_a_handoff_comes_over(serve: Callable[..., Any], tiny: SimpleNamespace) -> None:
-    handoff = tiny.make_handoff("float16")
+def test_a_handoff_comes_over(serve: Callable[..., Any], kit: SimpleNamespace) -> None:
+    handoff = kit.make_handoff("float16")
     server = serve(lambda *_: answered(handoff.to_bytes()))
     with CloudClient(server.url + "/", token="secret") as client:
         assert client.handoff(REQUEST) == handoff
@@ -56,8 +56,8 @@ def test_a_handoff_comes_over(serve: Callable[..., Any], tiny: SimpleNamespace) 
     }
 
 
-def test_the_request_of_a_bundle_names_what_it_was_built_from(bundle_folder: Any, tiny: SimpleNamespace) -> None:
-    manifest = tiny.make_manifest(bundle_folder)
+def test_the_request_of_a_bundle_names_what_it_was_built_from(bundle_folder: Any, kit: SimpleNamespace) -> None:
+    manifest = kit.make_manifest(bundle_folder)
     request = HandoffRequest.for_bundle(manifest, "p", split=1, negative_prompt="n", seed=3, dtype="float32")
     assert request.to_dict() == {
         "prompt": "p",
@@ -129,16 +129,16 @@ CHANGES: list[tuple[dict[str, str], str]] = [
 
 @pytest.mark.parametrize(("changes", "message"), CHANGES)
 def test_answers_that_break_the_protocol(
-    serve: Callable[..., Any], tiny: SimpleNamespace, changes: dict[str, str], message: str
+    serve: Callable[..., Any], kit: SimpleNamespace, changes: dict[str, str], message: str
 ) -> None:
-    server = serve(lambda *_: answered(tiny.make_handoff().to_bytes(), **changes))
+    server = serve(lambda *_: answered(kit.make_handoff().to_bytes(), **changes))
     with CloudClient(server.url) as client, pytest.raises(CloudProtocolError, match=message):
         client.handoff(REQUEST)
 
 
 @pytest.mark.parametrize("missing", ["ETag", "Repr_Digest"])
-def test_one_digest_is_enough(serve: Callable[..., Any], tiny: SimpleNamespace, missing: str) -> None:
-    server = serve(lambda *_: answered(tiny.make_handoff().to_bytes(), **{missing: ""}))
+def test_one_digest_is_enough(serve: Callable[..., Any], kit: SimpleNamespace, missing: str) -> None:
+    server = serve(lambda *_: answered(kit.make_handoff().to_bytes(), **{missing: ""}))
     with CloudClient(server.url) as client:
         assert client.handoff(REQUEST).meta.seed == 7
 

@@ -27,19 +27,19 @@ from PIL import Image
 PROMPT, NEGATIVE = "a red circle", "blue"
 
 
-def reference_run(tiny: SimpleNamespace, seed: int, guidance: float, last: int = 4) -> tuple[np.ndarray, np.ndarray]:
+def reference_run(kit: SimpleNamespace, seed: int, guidance: float, last: int = 4) -> tuple[np.ndarray, np.ndarray]:
     """Latents and memory after steps 0 .. last-1, in NumPy."""
     ids = [np.array([0, 6, 1, 1, 1, 1]), np.array([0, 2, 3, 4, 1, 1])]
-    embeds = np.stack([tiny.reference_embeds(row) for row in ids])
+    embeds = np.stack([kit.reference_embeds(row) for row in ids])
     latents, memory = initial_noise(seed, (1, 4, 2, 2)), np.zeros((1, 4, 2, 2), np.float32)
     for step in range(last):
-        latents, memory = tiny.reference_step(latents, memory, step, embeds, guidance)
+        latents, memory = kit.reference_step(latents, memory, step, embeds, guidance)
     return latents.astype(np.float32), memory.astype(np.float32)
 
 
-def made_handoff(tiny: SimpleNamespace, asked: dict[str, Any]) -> Handoff:
-    latents, memory = reference_run(tiny, asked["seed"], asked["guidance"], asked["split"])
-    meta = tiny.make_meta(
+def made_handoff(kit: SimpleNamespace, asked: dict[str, Any]) -> Handoff:
+    latents, memory = reference_run(kit, asked["seed"], asked["guidance"], asked["split"])
+    meta = kit.make_meta(
         next_step=asked["split"],
         seed=asked["seed"],
         guidance=asked["guidance"],
@@ -51,21 +51,21 @@ def made_handoff(tiny: SimpleNamespace, asked: dict[str, Any]) -> Handoff:
 
 
 @pytest.fixture
-def cloud(serve: Callable[..., Any], tiny: SimpleNamespace) -> Any:
+def cloud(serve: Callable[..., Any], kit: SimpleNamespace) -> Any:
     """A small cloud that runs the reference in NumPy."""
 
     def answer(_: str, __: str, ___: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
-        blob = made_handoff(tiny, json.loads(body)).to_bytes()
+        blob = made_handoff(kit, json.loads(body)).to_bytes()
         return 200, {"Content-Type": MEDIA_TYPE, "ETag": f'"{hashlib.sha256(blob).hexdigest()}"'}, blob
 
     return serve(answer)
 
 
-def test_device_alone_is_the_reference(bundle_folder: Path, tiny: SimpleNamespace) -> None:
+def test_device_alone_is_the_reference(bundle_folder: Path, kit: SimpleNamespace) -> None:
     result = generate(bundle_folder, PROMPT, negative_prompt=NEGATIVE, seed=5)
-    latents, _ = reference_run(tiny, 5, 2.0)
+    latents, _ = reference_run(kit, 5, 2.0)
     np.testing.assert_allclose(result.latents, latents, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(result.pixels, tiny.reference_pixels(result.latents), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result.pixels, kit.reference_pixels(result.latents), rtol=1e-4, atol=1e-5)
     assert (result.path_taken, result.steps, result.handoff_bytes) == ("device", {"cloud": 0, "device": 4}, 0)
     assert (result.seed, result.guidance, result.providers) == (5, 2.0, ("CPUExecutionProvider",))
     assert result.digest == Bundle.open(bundle_folder).digest
@@ -78,7 +78,7 @@ def test_device_alone_is_the_reference(bundle_folder: Path, tiny: SimpleNamespac
 @pytest.mark.parametrize("split", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_every_split_ends_at_the_same_latents(
-    bundle_folder: Path, tiny: SimpleNamespace, cloud: Any, split: int, dtype: str
+    bundle_folder: Path, kit: SimpleNamespace, cloud: Any, split: int, dtype: str
 ) -> None:
     result = generate(
         bundle_folder,
@@ -91,7 +91,7 @@ def test_every_split_ends_at_the_same_latents(
         wire_dtype=dtype,
     )
     tolerance = 1e-5 if dtype == "float32" else 3e-3
-    latents, _ = reference_run(tiny, 9, 3.5)
+    latents, _ = reference_run(kit, 9, 3.5)
     assert np.abs(result.latents - latents).max() <= tolerance * max(1.0, float(np.abs(latents).max()))
     assert result.steps == {"cloud": split, "device": 4 - split}
     assert result.path_taken == {0: "device", 4: "cloud"}.get(split, "hybrid")
@@ -105,21 +105,21 @@ def test_the_default_split_with_a_cloud_is_half(bundle_folder: Path, cloud: Any)
         assert generate(bundle_folder, PROMPT, cloud=client).steps == {"cloud": 2, "device": 2}
 
 
-def test_several_pictures_share_a_session(bundle_folder: Path, tiny: SimpleNamespace, cloud: Any) -> None:
+def test_several_pictures_share_a_session(bundle_folder: Path, kit: SimpleNamespace, cloud: Any) -> None:
     with Session(Bundle.open(bundle_folder)) as session:
         results = [generate(session, PROMPT, negative_prompt=NEGATIVE, seed=s, cloud=cloud.url) for s in (1, 2)]
         assert session.is_open("text_encoder")
         assert session.is_open("step_full")
     assert results[1].ms["load"] < results[0].ms["load"]
     for seed, result in zip((1, 2), results, strict=True):
-        assert np.abs(result.latents - reference_run(tiny, seed, 2.0)[0]).max() < 0.02
+        assert np.abs(result.latents - reference_run(kit, seed, 2.0)[0]).max() < 0.02
 
 
-def test_a_ready_handoff_brings_its_own_seed_guidance_and_split(bundle_folder: Path, tiny: SimpleNamespace) -> None:
+def test_a_ready_handoff_brings_its_own_seed_guidance_and_split(bundle_folder: Path, kit: SimpleNamespace) -> None:
     asked = {"seed": 3, "guidance": 4.0, "split": 3, "dtype": "float32", "prompt": PROMPT, "negative_prompt": NEGATIVE}
-    handoff = made_handoff(tiny, asked)
+    handoff = made_handoff(kit, asked)
     result = generate(bundle_folder, PROMPT, negative_prompt=NEGATIVE, handoff=handoff)
-    np.testing.assert_allclose(result.latents, reference_run(tiny, 3, 4.0)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result.latents, reference_run(kit, 3, 4.0)[0], rtol=1e-4, atol=1e-5)
     assert (result.seed, result.guidance, result.path_taken) == (3, 4.0, "hybrid")
     assert result.handoff_bytes == len(handoff.to_bytes())
     for changes, field in [
@@ -133,7 +133,7 @@ def test_a_ready_handoff_brings_its_own_seed_guidance_and_split(bundle_folder: P
         assert caught.value.field == field
 
 
-def test_a_cloud_that_is_gone_is_said(bundle_folder: Path, tiny: SimpleNamespace) -> None:
+def test_a_cloud_that_is_gone_is_said(bundle_folder: Path, kit: SimpleNamespace) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -142,7 +142,7 @@ def test_a_cloud_that_is_gone_is_said(bundle_folder: Path, tiny: SimpleNamespace
             generate(bundle_folder, PROMPT, cloud=url, split=2, fallback=False)
     assert (result.path_taken, result.steps) == ("device-fallback", {"cloud": 0, "device": 4})
     assert "cannot be reached" in (result.fallback_reason or "")
-    np.testing.assert_allclose(result.latents, reference_run(tiny, 5, 2.0)[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result.latents, reference_run(kit, 5, 2.0)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_refusal_is_raised_not_hidden(bundle_folder: Path, serve: Callable[..., Any]) -> None:
@@ -151,13 +151,16 @@ def test_a_refusal_is_raised_not_hidden(bundle_folder: Path, serve: Callable[...
         generate(bundle_folder, PROMPT, cloud=server.url)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("model_digest", "sha256:other"), ("seed", 8), ("guidance", 2.5), ("next_step", 3)]
+)
 def test_a_cloud_that_answers_something_else_is_refused(
-    bundle_folder: Path, serve: Callable[..., Any], tiny: SimpleNamespace
+    bundle_folder: Path, serve: Callable[..., Any], kit: SimpleNamespace, field: str, value: Any
 ) -> None:
-    blob = tiny.make_handoff(model_digest="sha256:other").to_bytes()
+    blob = kit.make_handoff(**{field: value}).to_bytes()
     digest = base64.b64encode(hashlib.sha256(blob).digest()).decode()
     server = serve(lambda *_: (200, {"Content-Type": MEDIA_TYPE, "Repr-Digest": f"sha-256=:{digest}:"}, blob))
-    with pytest.raises(HandoffMismatchError, match="model_digest"):
+    with pytest.raises(HandoffMismatchError, match=field):
         generate(bundle_folder, PROMPT, seed=7, cloud=server.url)
 
 
@@ -179,12 +182,12 @@ def test_steps_are_reported_and_can_be_cancelled(bundle_folder: Path) -> None:
     assert seen == []
 
 
-def test_arguments_that_make_no_sense(bundle_folder: Path, tiny: SimpleNamespace) -> None:
+def test_arguments_that_make_no_sense(bundle_folder: Path, kit: SimpleNamespace) -> None:
     for arguments, message in [
         ({"split": 2}, "needs a cloud"),
         ({"split": 5, "cloud": "http://127.0.0.1:1"}, "split"),
         ({"split": -1}, "split"),
-        ({"handoff": tiny.make_handoff(), "cloud": "http://127.0.0.1:1"}, "both"),
+        ({"handoff": kit.make_handoff(), "cloud": "http://127.0.0.1:1"}, "both"),
         ({"seed": -1}, "seed"),
         ({"cloud": "nowhere"}, "address"),
     ]:

@@ -34,8 +34,8 @@ def with_meta(blob: bytes, **changes: Any) -> bytes:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("memory", [True, False])
-def test_round_trip_is_byte_exact(tiny: SimpleNamespace, dtype: str, memory: bool) -> None:
-    handoff = tiny.make_handoff(dtype, memory)
+def test_round_trip_is_byte_exact(kit: SimpleNamespace, dtype: str, memory: bool) -> None:
+    handoff = kit.make_handoff(dtype, memory)
     again = Handoff.from_bytes(handoff.to_bytes())
     assert again.to_bytes() == handoff.to_bytes()
     assert again == handoff
@@ -46,8 +46,8 @@ def test_round_trip_is_byte_exact(tiny: SimpleNamespace, dtype: str, memory: boo
     assert (again.x0_prev is None) == (not memory)
 
 
-def test_it_is_a_safetensors_file(tiny: SimpleNamespace) -> None:
-    handoff = tiny.make_handoff("float16")
+def test_it_is_a_safetensors_file(kit: SimpleNamespace) -> None:
+    handoff = kit.make_handoff("float16")
     tensors = safetensors.numpy.load(handoff.to_bytes())
     assert set(tensors) == {"latents", "x0_prev"}
     np.testing.assert_array_equal(tensors["x0_prev"], handoff.x0_prev)
@@ -55,15 +55,13 @@ def test_it_is_a_safetensors_file(tiny: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(("next_step", "memory"), [(0, False), (4, False), (4, True)])
-def test_splits_at_both_ends_are_legal(
-    tiny: SimpleNamespace, bundle_folder: Path, next_step: int, memory: bool
-) -> None:
-    handoff = tiny.make_handoff(next_step=next_step, memory=memory)
-    Handoff.from_bytes(handoff.to_bytes()).check(tiny.make_manifest(bundle_folder))
+def test_splits_at_both_ends_are_legal(kit: SimpleNamespace, bundle_folder: Path, next_step: int, memory: bool) -> None:
+    handoff = kit.make_handoff(next_step=next_step, memory=memory)
+    Handoff.from_bytes(handoff.to_bytes()).check(kit.make_manifest(bundle_folder))
 
 
-def test_a_newer_minor_versions_keys_survive(tiny: SimpleNamespace) -> None:
-    blob = with_meta(tiny.make_handoff().to_bytes(), schema_version="1.7", colour="red", additional_metadata={"x": [1]})
+def test_a_newer_minor_versions_keys_survive(kit: SimpleNamespace) -> None:
+    blob = with_meta(kit.make_handoff().to_bytes(), schema_version="1.7", colour="red", additional_metadata={"x": [1]})
     handoff = Handoff.from_bytes(blob)
     assert handoff.meta.extra == {"colour": "red"}
     assert handoff.meta.additional_metadata == {"x": [1]}
@@ -100,21 +98,21 @@ META_CHANGES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), META_CHANGES)
-def test_bad_metadata_is_refused_by_name(tiny: SimpleNamespace, changes: dict[str, Any], message: str) -> None:
+def test_bad_metadata_is_refused_by_name(kit: SimpleNamespace, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(HandoffFormatError, match=message) as caught:
-        Handoff.from_bytes(with_meta(tiny.make_handoff().to_bytes(), **changes))
+        Handoff.from_bytes(with_meta(kit.make_handoff().to_bytes(), **changes))
     assert caught.value.exit_status == 3
 
 
-def test_missing_metadata_is_named(tiny: SimpleNamespace) -> None:
-    document = tiny.make_meta().to_dict()
+def test_missing_metadata_is_named(kit: SimpleNamespace) -> None:
+    document = kit.make_meta().to_dict()
     for name in set(document) - {"generator", "latent_space", "additional_metadata", "schema_version"}:
         with pytest.raises(ValueError, match=f"{name} is missing"):
             HandoffMeta.from_dict({key: value for key, value in document.items() if key != name})
 
 
-def test_truncation_at_every_byte(tiny: SimpleNamespace) -> None:
-    blob = tiny.make_handoff("float16").to_bytes()
+def test_truncation_at_every_byte(kit: SimpleNamespace) -> None:
+    blob = kit.make_handoff("float16").to_bytes()
     for size in range(len(blob)):
         with pytest.raises(HandoffFormatError):
             Handoff.from_bytes(blob[:size])
@@ -122,8 +120,8 @@ def test_truncation_at_every_byte(tiny: SimpleNamespace) -> None:
         Handoff.from_bytes(blob + b"\0")
 
 
-def test_flipped_bytes_raise_handoff_errors_or_parse(tiny: SimpleNamespace) -> None:
-    blob = tiny.make_handoff("float16").to_bytes()
+def test_flipped_bytes_raise_handoff_errors_or_parse(kit: SimpleNamespace) -> None:
+    blob = kit.make_handoff("float16").to_bytes()
     end = 8 + int.from_bytes(blob[:8], "little")
     dice = random.Random(0)
     refused = 0
@@ -176,23 +174,21 @@ STRUCTURE: list[tuple[str, Callable[[dict[str, Any], bytearray], None]]] = [
 
 
 @pytest.mark.parametrize("change", [item[1] for item in STRUCTURE], ids=[item[0] for item in STRUCTURE])
-def test_broken_structure_is_refused(
-    tiny: SimpleNamespace, change: Callable[[dict[str, Any], bytearray], None]
-) -> None:
-    blob = tiny.make_handoff().to_bytes()
+def test_broken_structure_is_refused(kit: SimpleNamespace, change: Callable[[dict[str, Any], bytearray], None]) -> None:
+    blob = kit.make_handoff().to_bytes()
     assert Handoff.from_bytes(rebuilt(blob, lambda header, body: None)).meta.seed == 7
     with pytest.raises(HandoffFormatError):
         Handoff.from_bytes(rebuilt(blob, change))
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**31, 2**63, 2**64 - 1])
-def test_absurd_header_lengths(tiny: SimpleNamespace, length: int) -> None:
+def test_absurd_header_lengths(kit: SimpleNamespace, length: int) -> None:
     with pytest.raises(HandoffFormatError, match="header length"):
-        Handoff.from_bytes(length.to_bytes(8, "little") + tiny.make_handoff().to_bytes()[8:])
+        Handoff.from_bytes(length.to_bytes(8, "little") + kit.make_handoff().to_bytes()[8:])
 
 
-def test_limits_are_the_callers(tiny: SimpleNamespace) -> None:
-    blob = tiny.make_handoff().to_bytes()
+def test_limits_are_the_callers(kit: SimpleNamespace) -> None:
+    blob = kit.make_handoff().to_bytes()
     small = [HandoffLimits(max_bytes=len(blob) - 1), HandoffLimits(max_header_bytes=64), HandoffLimits(max_side=3)]
     for limits in [*small, HandoffLimits(max_steps=3)]:
         with pytest.raises(HandoffFormatError):
@@ -207,7 +203,7 @@ def test_random_bytes_never_do_worse_than_a_handoff_error() -> None:
             Handoff.from_bytes(len(body).to_bytes(8, "little") + b"{" + body)
 
 
-def test_arrays_are_checked_when_a_handoff_is_made(tiny: SimpleNamespace) -> None:
+def test_arrays_are_checked_when_a_handoff_is_made(kit: SimpleNamespace) -> None:
     good = np.zeros((1, 4, 2, 2), np.float32)
     for latents, memory, message in [
         (good.astype(np.float64), None, "dtype"),
@@ -217,7 +213,7 @@ def test_arrays_are_checked_when_a_handoff_is_made(tiny: SimpleNamespace) -> Non
         (good, good * np.nan, "x0_prev is not finite"),
     ]:
         with pytest.raises(HandoffFormatError, match=message):
-            Handoff(latents, memory, tiny.make_meta())
+            Handoff(latents, memory, kit.make_meta())
 
 
 MISMATCHES: list[tuple[str, Any]] = [
@@ -237,18 +233,18 @@ MISMATCHES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("field", "value"), MISMATCHES)
-def test_a_mismatch_names_the_field(tiny: SimpleNamespace, bundle_folder: Path, field: str, value: Any) -> None:
-    manifest: Manifest = tiny.make_manifest(bundle_folder)
-    tiny.make_handoff().check(manifest)
+def test_a_mismatch_names_the_field(kit: SimpleNamespace, bundle_folder: Path, field: str, value: Any) -> None:
+    manifest: Manifest = kit.make_manifest(bundle_folder)
+    kit.make_handoff().check(manifest)
     with pytest.raises(HandoffMismatchError, match=f"{field} differs") as caught:
-        tiny.make_handoff(**{field: value}).check(manifest)
+        kit.make_handoff(**{field: value}).check(manifest)
     assert caught.value.field == field
     assert caught.value.got == value
     assert caught.value.exit_status == 3
 
 
-def test_the_request_is_checked_too(tiny: SimpleNamespace, bundle_folder: Path) -> None:
-    manifest, handoff = tiny.make_manifest(bundle_folder), tiny.make_handoff()
+def test_the_request_is_checked_too(kit: SimpleNamespace, bundle_folder: Path) -> None:
+    manifest, handoff = kit.make_manifest(bundle_folder), kit.make_handoff()
     handoff.check(manifest, prompt="a red circle", negative_prompt="", seed=7, guidance=2.0, split=2)
     asked: list[tuple[str, dict[str, Any]]] = [
         ("prompt_digest", {"prompt": "a red square"}),
@@ -263,14 +259,14 @@ def test_the_request_is_checked_too(tiny: SimpleNamespace, bundle_folder: Path) 
         assert caught.value.field == field
 
 
-def test_solver_memory_and_sizes_must_fit(tiny: SimpleNamespace, bundle_folder: Path) -> None:
-    manifest = tiny.make_manifest(bundle_folder)
+def test_solver_memory_and_sizes_must_fit(kit: SimpleNamespace, bundle_folder: Path) -> None:
+    manifest = kit.make_manifest(bundle_folder)
     big = np.zeros((1, 4, 2, 4), np.float32)
     for handoff, field in [
-        (tiny.make_handoff(memory=False), "x0_prev"),
-        (tiny.make_handoff(next_step=0), "x0_prev"),
-        (Handoff(big, big, tiny.make_meta()), "latents"),
-        (tiny.make_handoff(num_steps=3, timesteps=(999, 700, 400)), "num_steps"),
+        (kit.make_handoff(memory=False), "x0_prev"),
+        (kit.make_handoff(next_step=0), "x0_prev"),
+        (Handoff(big, big, kit.make_meta()), "latents"),
+        (kit.make_handoff(num_steps=3, timesteps=(999, 700, 400)), "num_steps"),
     ]:
         with pytest.raises(HandoffMismatchError) as caught:
             handoff.check(manifest)

@@ -119,6 +119,6 @@ def test_too_large_is_refused_unparsed() -> None:
         Manifest.from_json_bytes(b" " * (4 * 2**20 + 1))
 
 
-def test_a_writer_learns_of_numbers_that_json_lacks(bundle_folder: Path, tiny: SimpleNamespace) -> None:
+def test_a_writer_learns_of_numbers_that_json_lacks(bundle_folder: Path, kit: SimpleNamespace) -> None:
     with pytest.raises(ManifestError, match="cannot be written"):
-        tiny.make_manifest(bundle_folder, parity={"unet": {"snr_db": float("inf")}})
+        kit.make_manifest(bundle_folder, parity={"unet": {"snr_db": float("inf")}})

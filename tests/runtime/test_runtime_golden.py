@@ -1,4 +1,4 @@
-"""Artefacts of schema 1.0 that every later version must read and run; never regenerate them (tests/golden/README.md)."""
+"""Artefacts of schema 1.0 that every later version must read and run; never regenerate them: tests/golden/README.md."""
 
 from pathlib import Path
 
