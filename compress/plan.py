@@ -139,7 +139,7 @@ def full_plan(
     `digest` is the scheduler's configuration digest ("sha256:<hex>").
     """
     num_steps = len(table.rows)
-    full: tuple[Literal["full", "predicted"], ...] = ("full",) * num_steps
+    full: tuple[Literal["full", "predicted"], ...] = tuple("full" for _ in range(num_steps))
     recipe = Recipe(
         source=source,
         profile=dict(profile),

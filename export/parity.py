@@ -1,7 +1,8 @@
 """The parity gate: every graph against torch on the same inputs, and a whole device-only run against diffusers'.
 
 SNR in dB is 10 log10(sum ref^2 / sum err^2). Per component the inputs are torch's own (teacher-forced), so errors do
-not add up; the chained run feeds every step with the last one's output, as a device does. Below the gates nothing ships.
+not add up; the chained run feeds every step with the last one's output, as a device does. Below a gate nothing
+ships.
 """
 
 from __future__ import annotations
