@@ -60,6 +60,7 @@ def check_supported(pipeline: Any) -> None:
         ("the text encoder's class", type(pipeline.text_encoder).__name__, None, "CLIPTextModel"),
         ("unet.in_channels", unet.in_channels, None, vae.latent_channels),
         ("unet.out_channels", unet.out_channels, None, vae.latent_channels),
+        ("unet.cross_attention_dim", unet.cross_attention_dim, None, pipeline.text_encoder.config.hidden_size),
         ("unet.class_embed_type", unet.class_embed_type, None, None),
         ("unet.addition_embed_type", unet.addition_embed_type, None, None),
         ("unet.encoder_hid_dim_type", unet.encoder_hid_dim_type, None, None),
@@ -77,8 +78,8 @@ def check_supported(pipeline: Any) -> None:
 
 
 def model_family(pipeline: Any) -> str:
-    """ "sd2" for U-Nets with linear projections around their attention, as all of SD 2.x has them, else "sd1"."""
-    return "sd2" if pipeline.unet.config.use_linear_projection else "sd1"
+    """ "sd2" for text states 1024 wide, as in SD 2.x, else "sd1"; the exporter names families by the same rule."""
+    return "sd2" if pipeline.text_encoder.config.hidden_size == 1024 else "sd1"
 
 
 def model_digest(pipeline: Any) -> str:
@@ -124,9 +125,10 @@ def _load_folder(model: str, revision: str | None, dtype: torch.dtype) -> Any:
             torch_dtype=dtype,
             use_safetensors=True,
             safety_checker=None,
+            feature_extractor=None,
             requires_safety_checker=False,
         )
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
         raise _unreadable(model, error) from error
 
 
@@ -140,9 +142,14 @@ def _load_file(path: Path, config: str | None, dtype: torch.dtype) -> Any:
         )
     try:
         return _PIPELINE.from_single_file(
-            str(path), config=config, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+            str(path),
+            config=config,
+            torch_dtype=dtype,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         )
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+    except Exception as error:  # diffusers raises many kinds here: from the hub, the keys, the shapes
         raise _unreadable(str(path), error) from error
 
 

@@ -169,7 +169,8 @@ def test_a_folder_has_the_digest_of_what_was_saved(tiny: Any, tmp_path: Path, en
 
 def test_family(tiny: Any, tmp_path: Path, engine: Engine) -> None:
     assert engine.family == "sd1"
-    assert Engine(tiny.make_pipeline(tmp_path, use_linear_projection=True), name="two").family == "sd2"
+    wide = tiny.make_pipeline(tmp_path, text_dim=1024)
+    assert Engine(wide, name="two").family == "sd2"
 
 
 @pytest.mark.parametrize(
@@ -238,6 +239,10 @@ def test_other_pipelines_are_refused_by_name(tiny: Any, tmp_path: Path) -> None:
     pipeline = tiny.make_pipeline(tmp_path / "nine", in_channels=9)
     with pytest.raises(ModelRefusedError, match=r"unet\.in_channels.*got 9, expected 4"):
         Engine(pipeline, name="inpainting")
+    other = tiny.make_pipeline(tmp_path / "text", text_dim=16)
+    other.unet = tiny.make_unet(text_dim=24)
+    with pytest.raises(ModelRefusedError, match=r"cross_attention_dim.*got 24, expected 16"):
+        Engine(other, name="text")
     sample = tiny.make_pipeline(tmp_path / "sample", prediction_type="sample")
     with pytest.raises(ModelRefusedError, match=r"prediction_type.*got sample"):
         Engine(sample, name="sample")
@@ -246,6 +251,10 @@ def test_other_pipelines_are_refused_by_name(tiny: Any, tmp_path: Path) -> None:
 def test_unreadable_models_say_what_is_missing(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="no pipeline was found"):
         Engine.load(str(tmp_path))
+    broken = tmp_path / "model.safetensors"
+    broken.write_bytes(b"not weights")
+    with pytest.raises(ModelLoadError, match="cannot be loaded"):
+        Engine.load(str(broken))
     pickled = tmp_path / "model.ckpt"
     pickled.write_bytes(b"not weights")
     with pytest.raises(ModelRefusedError, match=r"expected \.safetensors"):
