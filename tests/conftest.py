@@ -42,3 +42,23 @@ def load_tiny_pipeline() -> ModuleType:
 def tiny() -> Any:
     """The factory module: `tiny.make_pipeline(folder, ...)`, `tiny.save_pipeline(pipeline, folder)`."""
     return load_tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The pipeline behind `tiny_bundle`: epsilon prediction, 16x16 pixels. Read only."""
+    return tiny.make_pipeline(tmp_path_factory.mktemp("tiny-pipeline"))
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tiny_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One fp32 export of `tiny_pipeline` (DPM-Solver++(2M), 25 steps, static shapes), made once: an ExportResult."""
+    from latentrelay.export import export
+
+    return export(tiny_pipeline, "pixel-8", tmp_path_factory.mktemp("tiny-export") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_export: Any) -> Path:
+    """The folder of `tiny_export`. Read only: copy it before changing anything."""
+    return Path(tiny_export.bundle)
