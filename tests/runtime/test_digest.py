@@ -64,3 +64,5 @@ def test_scheduler_digest_counts_what_counts() -> None:
     assert scheduler_digest("A", {"beta_start": 0.1, "trained_betas": [0.5, 0.25], "_other": 3}) == reference
     assert scheduler_digest("B", config) != reference
     assert scheduler_digest("A", {**config, "beta_start": 0.2}) != reference
+    clipped = scheduler_digest("A", {**config, "lambda_min_clipped": -float("inf")})
+    assert clipped not in (reference, scheduler_digest("A", {**config, "lambda_min_clipped": float("inf")}))
