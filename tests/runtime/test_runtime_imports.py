@@ -2,9 +2,9 @@
 
 import ast
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import latentrelay.runtime
@@ -36,13 +36,11 @@ def test_import_is_light() -> None:
 
 
 def test_import_takes_less_than_half_a_second() -> None:
-    """The best of five fresh processes, interpreter start included: other work on the machine only adds."""
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        run("import latentrelay.runtime")
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.5
+    """Processor time of a fresh process, interpreter start included: wall time counts what else the machine does."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run("import latentrelay.runtime")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 0.5
 
 
 def test_a_picture_without_torch(bundle_folder: Path, tmp_path: Path) -> None:
