@@ -7,6 +7,7 @@ manifest, rename. Everything is written beside the final place, so a refusal at 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from latentrelay.export.selftest import write_selftest
 from latentrelay.export.source import SourceModel, load_source
 from latentrelay.export.step_graph import StepHead, StepTail
 from latentrelay.export.tokenizer_file import write_tokenizer
+from latentrelay.runtime.errors import RequestError
 from latentrelay.runtime.samplers import sampler_for, sampler_rule, scheduler_digest
 
 Progress = Callable[[str], None]
@@ -71,6 +73,7 @@ def export(
     num_steps: int = 25,
     height: int | None = None,
     width: int | None = None,
+    guidance: float = 7.5,
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> ExportResult:
@@ -79,10 +82,16 @@ def export(
     `pipeline_or_model`: a StableDiffusionPipeline (moved to float32 on the CPU), a hub id, a folder, a .safetensors
     file, or what `load_source` returned. `profile`: a DeviceProfile or its name. `sampler`: "dpmsolver++" or "ddim",
     by default the source's own where it has tables, else DPM-Solver++(2M). `height`, `width`: pixels, by default the
-    U-Net's own size. `progress` is called with one sentence per stage.
+    U-Net's own size. `guidance`: the bundle's default scale (>= 1), which the parity run uses too. `progress` is
+    called with one sentence per stage.
 
-    Raises ExportError and its kin (source, architecture, output, parity), UnsupportedSchedulerError, ProfileError.
+    Raises ExportError and its kin (source, architecture, output, parity), UnsupportedSchedulerError, ProfileError,
+    RequestError.
     """
+    if not 1.0 <= guidance < math.inf:
+        raise RequestError(
+            "guidance is out of range", got=guidance, expected=">= 1 (1 is no guidance)", do="Change it."
+        )
     target = load_profile(profile) if isinstance(profile, str) else profile
     folder = Path(out).absolute()
     check_output(folder, overwrite=overwrite)
@@ -93,7 +102,7 @@ def export(
     downscale = 2 ** (len(source.pipeline.vae.config.block_out_channels) - 1)
     rows, columns = latent_size(source.pipeline.unet, height, width, downscale)
     with bundle_folder(folder, overwrite=overwrite) as partial:
-        job = _Job(source, target, plan, scheduler, rows, columns, downscale, partial, stages)
+        job = _Job(source, target, plan, scheduler, rows, columns, downscale, guidance, partial, stages)
         digest, parity_db = job.run(folder.name)
     return ExportResult(folder, digest, parity_db, stages.seconds)
 
@@ -129,6 +138,7 @@ class _Job:
     rows: int
     columns: int
     downscale: int
+    guidance: float
     folder: Path
     stages: _Stages
 
@@ -140,7 +150,7 @@ class _Job:
         pipeline, stages = self.source.pipeline, self.stages
         with stages("reference_run", "running the source pipeline in torch"):
             height, width = self.rows * self.downscale, self.columns * self.downscale
-            reference = record_run(pipeline, self.scheduler, self.plan.recipe.num_steps, height, width)
+            reference = record_run(pipeline, self.scheduler, self.plan.recipe.num_steps, height, width, self.guidance)
             samples = collect_samples(pipeline, self.plan, reference, self.needs_x0_prev)
         with stages("layout", "writing configuration, tokenizer and plan"):
             write_layout(pipeline, self.scheduler, self.folder)
@@ -159,6 +169,7 @@ class _Job:
                 plan=self.plan,
                 latent=(self.rows, self.columns, self.downscale),
                 tokenizer=tokenizer,
+                guidance=self.guidance,
                 components=ports(samples, dynamic_batch=self._dynamic),
                 parity=parity,
                 selftest=selftest,

@@ -10,7 +10,6 @@ from latentrelay.compress.plan import Plan
 from latentrelay.device_profiles import DeviceProfile
 from latentrelay.export.bundle_folder import list_files
 from latentrelay.export.parity import Sample
-from latentrelay.export.reference_run import GUIDANCE
 from latentrelay.export.source import SourceModel
 from latentrelay.runtime.manifest import (
     MANIFEST_NAME,
@@ -68,6 +67,7 @@ def write_manifest(
     plan: Plan,
     latent: tuple[int, int, int],
     tokenizer: TokenizerSpec,
+    guidance: float,
     components: Mapping[str, Component],
     parity: Mapping[str, Mapping[str, float]],
     selftest: SelftestSpec,
@@ -94,7 +94,7 @@ def write_manifest(
             recipe.init_noise_sigma,
             sampler_rule(recipe.sampler).needs_x0_prev,
         ),
-        guidance=Guidance(default=GUIDANCE),
+        guidance=Guidance(default=guidance),
         tokenizer=tokenizer,
         components=dict(components),
         files=list_files(folder),

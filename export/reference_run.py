@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-PROMPT, NEGATIVE_PROMPT, SEED, GUIDANCE = "a red cat sitting on the grass", "blurred", 20261123, 7.5
+PROMPT, NEGATIVE_PROMPT, SEED = "a red cat sitting on the grass", "blurred", 20261123
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ReferenceRun:
     guidance: float
 
 
-def record_run(pipeline: Any, scheduler: Any, num_steps: int, height: int, width: int) -> ReferenceRun:
+def record_run(pipeline: Any, scheduler: Any, num_steps: int, height: int, width: int, guidance: float) -> ReferenceRun:
     """Run `num_steps` steps at `height` x `width` pixels; the pipeline given is left as it was."""
     pipeline_class: Any = StableDiffusionPipeline
     runner = pipeline_class(
@@ -76,14 +76,14 @@ def record_run(pipeline: Any, scheduler: Any, num_steps: int, height: int, width
                 height=height,
                 width=width,
                 num_inference_steps=num_steps,
-                guidance_scale=GUIDANCE,
+                guidance_scale=guidance,
                 generator=torch.Generator("cpu").manual_seed(SEED),
                 output_type="latent",
                 callback_on_step_end=remember,
             )
     finally:
         hook.remove()
-    return ReferenceRun(tuple(latents), tuple(memory), _array(states), input_ids, GUIDANCE)
+    return ReferenceRun(tuple(latents), tuple(memory), _array(states), input_ids, guidance)
 
 
 def encode_ids(tokenizer: Any, prompts: list[str]) -> NDArray[np.int64]:

@@ -34,23 +34,34 @@ class SourceModel:
     revision: str | None
 
 
-def load_source(model: Any, revision: str | None = None) -> SourceModel:
+def load_source(
+    model: Any, revision: str | None = None, *, name: str | None = None, config: str | None = None
+) -> SourceModel:
     """Load and check a source.
 
     `model`: a hub id, a folder in diffusers' layout, a single .safetensors file, or a StableDiffusionPipeline (which
-    is used as it is, moved to float32 on the CPU). `revision` is the hub's. Raises SourceError, UnsupportedSourceError.
+    is used as it is, moved to float32 on the CPU). `revision` is the hub's. `name` is what the bundle calls the source
+    (by default the hub id, or the last part of a local path, which stays private). `config` is a folder or hub id that
+    describes a single file; without it diffusers asks the hub. Raises SourceError, UnsupportedSourceError.
     """
     if isinstance(model, SourceModel):
         return model
     if isinstance(model, (str, Path)):
-        name, pipeline = str(model), _load(str(model), revision)
+        origin, pipeline = str(model), _load(str(model), revision, config)
     else:
-        name, pipeline = str(getattr(model, "name_or_path", "") or type(model).__name__), model
+        origin, pipeline = str(getattr(model, "name_or_path", "") or type(model).__name__), model
     check_architecture(pipeline)
     for part in DIGESTED:
         module = getattr(pipeline, part).eval().requires_grad_(False)
         torch.nn.Module.to(module, device="cpu", dtype=torch.float32)  # diffusers' own `to` talks about every cast
-    return SourceModel(pipeline, name, model_digest(pipeline), family_of(pipeline), _licence(Path(name)), revision)
+    return SourceModel(
+        pipeline,
+        name or _public_name(origin),
+        model_digest(pipeline),
+        family_of(pipeline),
+        _licence(Path(origin)),
+        revision,
+    )
 
 
 def model_digest(pipeline: Any) -> str:
@@ -65,10 +76,15 @@ def model_digest(pipeline: Any) -> str:
     return weights_digest(arrays())
 
 
-def _load(model: str, revision: str | None) -> Any:
+def _public_name(origin: str) -> str:
+    path = Path(origin)
+    return path.resolve().name if path.exists() else origin
+
+
+def _load(model: str, revision: str | None, config: str | None) -> Any:
     path = Path(model)
     if path.is_file():
-        return _load_single_file(path)
+        return _load_single_file(path, config)
     if path.suffix in (".safetensors", ".ckpt", ".bin") or (path.is_absolute() and not path.exists()):
         raise SourceError("the model was not found", got=model, expected="an existing file or folder", do="Check it.")
     if path.is_dir():
@@ -94,19 +110,25 @@ def _load(model: str, revision: str | None) -> Any:
         ) from error
 
 
-def _load_single_file(path: Path) -> Any:
+def _load_single_file(path: Path, config: str | None) -> Any:
     if path.suffix != ".safetensors":
         raise SourceError(
             "a single-file model must be .safetensors", got=path.name, do="Convert it; pickles can run code when read."
         )
+    pipeline_class: Any = StableDiffusionPipeline
     try:
-        return StableDiffusionPipeline.from_single_file(
-            str(path), torch_dtype=torch.float32, safety_checker=None, feature_extractor=None
+        return pipeline_class.from_single_file(
+            str(path),
+            config=config,
+            torch_dtype=torch.float32,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         )
     except Exception as error:  # diffusers raises many kinds here: from the hub, from the keys, from the shapes
         raise SourceError(
             f"the single file {path.name} cannot be loaded: {error}",
-            do="diffusers fetches the matching configuration from the hub once; offline, convert it to a folder first.",
+            do="diffusers fetches the matching configuration from the hub once; offline, give `config` or a folder.",
         ) from error
 
 

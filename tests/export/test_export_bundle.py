@@ -144,7 +144,7 @@ def test_cloud_then_device_equals_the_uninterrupted_run(tiny_bundle: Path, tiny_
     from latentrelay.export.reference_run import record_run
 
     scheduler = type(tiny_pipeline.scheduler).from_config(tiny_pipeline.scheduler.config)
-    run = record_run(tiny_pipeline, scheduler, 25, 16, 16)
+    run = record_run(tiny_pipeline, scheduler, 25, 16, 16, 7.5)
     session = open_session(tiny_bundle / "unet" / "step_full.onnx")
     latents, memory = run.latents[split], run.x0_prev[split]
     for step in range(split, 25):
