@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from latentrelay.cloud.errors import ModelLoadError, ModelRefusedError
 from latentrelay.runtime.digest import weights_digest
 from latentrelay.runtime.handoff import PREDICTION_TYPES
@@ -119,15 +121,16 @@ def _check_class(path: Path, revision: str | None) -> None:
 
 def _load_folder(model: str, revision: str | None, dtype: torch.dtype) -> Any:
     try:
-        return _PIPELINE.from_pretrained(
-            model,
-            revision=revision,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        with _no_bars():
+            return _PIPELINE.from_pretrained(
+                model,
+                revision=revision,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
     except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError, RuntimeError) as error:
         raise _unreadable(model, error) from error
 
@@ -141,16 +144,29 @@ def _load_file(path: Path, config: str | None, dtype: torch.dtype) -> Any:
             do="Convert it first; pickled checkpoints can run code and are not read.",
         )
     try:
-        return _PIPELINE.from_single_file(
-            str(path),
-            config=config,
-            torch_dtype=dtype,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        with _no_bars():
+            return _PIPELINE.from_single_file(
+                str(path),
+                config=config,
+                torch_dtype=dtype,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
     except Exception as error:  # diffusers raises many kinds here: from the hub, the keys, the shapes
         raise _unreadable(str(path), error) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Loading takes seconds, or is a download with a bar of its own: diffusers' bar per part is left out."""
+    shown = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            diffusers_logging.enable_progress_bar()
 
 
 def _unreadable(model: str, error: Exception) -> ModelLoadError:
