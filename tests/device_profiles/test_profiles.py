@@ -78,7 +78,7 @@ def test_snapshot_round_trip() -> None:
 
 def test_profiles_are_frozen() -> None:
     with pytest.raises(ValidationError):
-        load_profile("pixel-8").name = "other"  # type: ignore[misc]
+        load_profile("pixel-8").name = "other"
 
 
 def test_unknown_name_lists_what_exists_and_the_nearest() -> None:
