@@ -80,7 +80,7 @@ def export_onnx(
     """
     dynamic = None
     if batched:
-        batch = torch.export.Dim("batch", min=1, max=64)
+        batch = torch.export.Dim("batch", min=1, max=63)  # diffusers upsamples batches from 64 on in another way
         dynamic = tuple({0: batch} if name in batched else {} for name in inputs)
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
