@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import pytest
 import torch
 from latentrelay.compress.plan import Plan
 from latentrelay.export.parity import open_session, snr_db
+from latentrelay.export.reference_run import SEED, record_run
 from latentrelay.export.source import model_digest
 from latentrelay.runtime.digest import sha256_file
 from latentrelay.runtime.manifest import Manifest
@@ -139,23 +139,38 @@ def test_model_index_names_what_optimum_loads(tiny_bundle: Path) -> None:
     assert index["safety_checker"] == [None, None]
 
 
-@pytest.mark.parametrize("split", [0, 1, 7, 24, 25])
-def test_cloud_then_device_equals_the_uninterrupted_run(tiny_bundle: Path, tiny_pipeline: Any, split: int) -> None:
-    from latentrelay.export.reference_run import record_run
-
+def test_cloud_then_device_equals_the_uninterrupted_run_at_every_split(tiny_bundle: Path, tiny_pipeline: Any) -> None:
     scheduler = type(tiny_pipeline.scheduler).from_config(tiny_pipeline.scheduler.config)
     run = record_run(tiny_pipeline, scheduler, 25, 16, 16, 7.5)
     session = open_session(tiny_bundle / "unet" / "step_full.onnx")
-    latents, memory = run.latents[split], run.x0_prev[split]
-    for step in range(split, 25):
-        latents, memory = session.run(
-            ["next_latents", "next_x0_prev"],
-            {
-                "latents": latents,
-                "step": np.array(step, dtype=np.int64),
-                "prompt_embeds": run.prompt_embeds,
-                "guidance": np.array(run.guidance, dtype=np.float32),
-                "x0_prev": memory,
-            },
-        )
-    assert snr_db(run.latents[-1], latents) >= 50.0
+    for split in range(26):
+        latents, memory = run.latents[split], run.x0_prev[split]
+        for step in range(split, 25):
+            latents, memory = session.run(
+                ["next_latents", "next_x0_prev"],
+                {
+                    "latents": latents,
+                    "step": np.array(step, dtype=np.int64),
+                    "prompt_embeds": run.prompt_embeds,
+                    "guidance": np.array(run.guidance, dtype=np.float32),
+                    "x0_prev": memory,
+                },
+            )
+        assert snr_db(run.latents[-1], latents) >= 50.0, f"split {split}"
+
+
+def test_the_recorded_run_is_what_the_pipeline_does_from_that_seed(tiny_pipeline: Any) -> None:
+    scheduler = type(tiny_pipeline.scheduler).from_config(tiny_pipeline.scheduler.config)
+    run = record_run(tiny_pipeline, scheduler, 4, 16, 16, 7.5)
+    expected = tiny_pipeline(
+        prompt_embeds=torch.from_numpy(run.prompt_embeds[1:]),
+        negative_prompt_embeds=torch.from_numpy(run.prompt_embeds[:1]),
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="latent",
+    ).images
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(SEED))
+    np.testing.assert_array_equal(run.latents[0], noise.numpy())
+    np.testing.assert_array_equal(run.latents[-1], expected.numpy())
+    assert run.latents[0].shape == run.x0_prev[0].shape == (1, 4, 8, 8)
+    assert not run.x0_prev[0].any()

@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from latentrelay.compress.errors import UnsupportedSchedulerError
 from latentrelay.export import export, load_source
 from latentrelay.export.errors import OutputExistsError, ParityError, SourceError, UnsupportedSourceError
+from latentrelay.runtime.errors import RequestError
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +152,13 @@ def test_the_pipeline_given_keeps_its_scheduler(tiny_export: Any, tiny_pipeline:
     assert isinstance(tiny_pipeline.unet, UNet2DConditionModel)
     assert tiny_export.bundle.is_dir()
     assert tiny_pipeline.scheduler.config.algorithm_type == "dpmsolver++"
+
+
+def test_local_paths_stay_out_of_the_bundle(folder: Path) -> None:
+    assert load_source(str(folder)).model == "pipeline"
+    assert load_source(str(folder), name="mine").model == "mine"
+
+
+def test_guidance_below_one_is_refused(tiny_pipeline: Any, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="guidance"):
+        export(tiny_pipeline, "pixel-8", tmp_path / "b", guidance=0.5)
