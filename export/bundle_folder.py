@@ -103,10 +103,15 @@ def write_layout(pipeline: Any, scheduler: Any, folder: Path) -> None:
     write_json(folder / "model_index.json", index)
     scheduler.save_pretrained(str(folder / "scheduler"))
     for component, module in (("unet", pipeline.unet), ("vae_decoder", pipeline.vae)):
-        config = {key: value for key, value in dict(module.config).items() if key != "_name_or_path"}
-        write_json(folder / component / "config.json", {"_class_name": type(module).__name__, **config})
-    text = {key: value for key, value in pipeline.text_encoder.config.to_dict().items() if key != "_name_or_path"}
+        config = {"_class_name": type(module).__name__, "_diffusers_version": diffusers.__version__}
+        write_json(folder / component / "config.json", {**config, **_public(dict(module.config))})
+    text = _public(pipeline.text_encoder.config.to_dict())
     write_json(folder / "text_encoder" / "config.json", {**text, "dtype": "float32"})
+
+
+def _public(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without diffusers' bookkeeping: local paths, and lists whose order differs from run to run."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def list_files(folder: Path) -> tuple[FileEntry, ...]:

@@ -40,9 +40,9 @@ def load_source(
     """Load and check a source.
 
     `model`: a hub id, a folder in diffusers' layout, a single .safetensors file, or a StableDiffusionPipeline (which
-    is used as it is, frozen and moved to float32 on the CPU). `revision` is the hub's. `name` is what the bundle calls the source
-    (by default the hub id, or the last part of a local path, which stays private). `config` is a folder or hub id that
-    describes a single file; without it diffusers asks the hub. Raises SourceError, UnsupportedSourceError.
+    is used as it is, frozen and moved to float32 on the CPU). `revision` is the hub's. `name` is what the bundle calls
+    the source (by default the hub id, or the last part of a local path, which stays private). `config` is a folder or
+    hub id that describes a single file; without it diffusers asks the hub. Raises SourceError, UnsupportedSourceError.
     """
     if isinstance(model, SourceModel):
         return model

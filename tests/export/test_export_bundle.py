@@ -137,6 +137,9 @@ def test_model_index_names_what_optimum_loads(tiny_bundle: Path) -> None:
     index = json.loads((tiny_bundle / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "DPMSolverMultistepScheduler"]
     assert index["safety_checker"] == [None, None]
+    for component in ("unet", "vae_decoder", "text_encoder"):
+        config = json.loads((tiny_bundle / component / "config.json").read_text())
+        assert {key for key in config if key.startswith("_")} <= {"_class_name", "_diffusers_version"}
 
 
 def test_cloud_then_device_equals_the_uninterrupted_run_at_every_split(tiny_bundle: Path, tiny_pipeline: Any) -> None:
