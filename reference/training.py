@@ -1,0 +1,167 @@
+"""One training loop for every network of the reference pipeline: accelerate, EMA, resumable, seeded.
+
+In: a module, a `loss_of(module, batch_rng)` function and a `Recipe`. Out: the module with its EMA weights, and a
+folder with `log.jsonl` and one checkpoint. The random numbers of a step depend on (seed, step) alone, so a run that was
+killed continues as if it had not been. It is not a framework: what a loss is made of lives with each network.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Losses = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast. `steps` counts optimiser steps; the learning rate warms up over `warmup` steps, holds,
+    and falls to zero along a half cosine over the last `decay` (a fraction of all steps)."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup: int = 200
+    decay: float = 0.5
+    weight_decay: float = 0.01
+    ema_decay: float = 0.999
+    clip: float = 1.0
+    seed: int = 0
+    mixed_precision: str = "no"
+    checkpoint_every: int = 250
+    log_every: int = 25
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of a step, 0 first."""
+        rising = min(1.0, (step + 1) / max(1, self.warmup))
+        start = self.steps * (1 - self.decay)
+        falling = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, (step - start) / max(1.0, self.steps - start)))))
+        return self.learning_rate * rising * falling
+
+
+@dataclass
+class BatchRng:
+    """The random numbers of one step: `numpy` draws scenes and captions, `torch` draws noise and timesteps."""
+
+    step: int
+    numpy: np.random.Generator
+    torch: torch.Generator
+
+    @classmethod
+    def of(cls, seed: int, step: int) -> BatchRng:
+        """The generators of `step`, whatever happened before it."""
+        sequence = np.random.SeedSequence([seed, step])
+        return cls(
+            step=step,
+            numpy=np.random.Generator(np.random.PCG64(sequence)),
+            torch=torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))),
+        )
+
+
+def fit(
+    module: torch.nn.Module,
+    loss_of: Callable[[torch.nn.Module, BatchRng], Losses],
+    recipe: Recipe,
+    folder: Path,
+    *,
+    parameters: Iterable[torch.nn.Parameter] | None = None,
+    on_checkpoint: Callable[[int, torch.nn.Module], None] | None = None,
+) -> torch.nn.Module:
+    """Train `module` (modified in place) and return it holding its EMA weights.
+
+    `loss_of` returns named scalar tensors, the one called `loss` is minimised. `on_checkpoint(step, module)` is called
+    with the EMA weights in place after each checkpoint, so that a caller can export what exists so far. Resumes from
+    `folder/checkpoint` when it is there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    trained = [p for p in (parameters or module.parameters()) if p.requires_grad]
+    optimiser = torch.optim.AdamW(
+        trained, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True
+    )
+    module, optimiser = accelerator.prepare(module, optimiser)
+    ema = EMAModel(trained, decay=recipe.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    ema.to(accelerator.device)
+    accelerator.register_for_checkpointing(ema)
+    first = _resume(accelerator, folder)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
+
+    def checkpoint(step: int) -> None:
+        _save(accelerator, folder, step)
+        if on_checkpoint is not None:
+            ema.store(trained)
+            ema.copy_to(trained)
+            on_checkpoint(step, accelerator.unwrap_model(module))
+            ema.restore(trained)
+
+    module.train()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress, (folder / "log.jsonl").open("a") as log:
+        bar = progress.add_task("training", total=recipe.steps, completed=first)
+        sums: dict[str, float] = {}
+        counted, since = 0, time.perf_counter()
+        for step in range(first, recipe.steps):
+            for group in optimiser.param_groups:
+                group["lr"] = recipe.learning_rate_at(step)
+            with accelerator.autocast():
+                losses = loss_of(module, BatchRng.of(recipe.seed, step))
+            accelerator.backward(losses["loss"])
+            accelerator.clip_grad_norm_(trained, recipe.clip)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            ema.step(trained)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+            counted += 1
+            if (step + 1) % recipe.log_every == 0 or step + 1 == recipe.steps:
+                elapsed = time.perf_counter() - since
+                means = {name: value / counted for name, value in sums.items()}
+                row = {
+                    "step": step + 1,
+                    **means,
+                    "lr": recipe.learning_rate_at(step),
+                    "samples_per_s": counted * recipe.batch / elapsed,
+                }
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                progress.update(bar, completed=step + 1, description=f"loss {means['loss']:.4f}")
+                sums, counted, since = {}, 0, time.perf_counter()
+            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+                checkpoint(step + 1)
+    ema.copy_to(trained)
+    module = accelerator.unwrap_model(module)
+    module.eval()
+    return module
+
+
+def _save(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Written beside and renamed, so a kill leaves the old checkpoint or the new one."""
+    beside, final, old = folder / "checkpoint.new", folder / "checkpoint", folder / "checkpoint.old"
+    shutil.rmtree(beside, ignore_errors=True)
+    accelerator.save_state(str(beside))
+    (beside / "step.json").write_text(json.dumps({"step": step}))
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    beside.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _resume(accelerator: Accelerator, folder: Path) -> int:
+    for name in ("checkpoint", "checkpoint.old"):
+        path = folder / name
+        if (path / "step.json").exists():
+            accelerator.load_state(str(path))
+            return int(json.loads((path / "step.json").read_text())["step"])
+    return 0

@@ -1,0 +1,1 @@
+"""What people run: the `latentrelay` command, the demo, evaluation, reports. The only place to read the environment."""

@@ -1,0 +1,59 @@
+"""`latentrelay build`: source pipeline + device profile -> bundle, with a line a stage and the parity figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from latentrelay.device_profiles import load_profile
+from latentrelay.tools.console import counting, emit, extra, table
+from latentrelay.tools.models import REFERENCE, default_guidance, resolve
+
+
+def run(
+    model: str,
+    device: str,
+    output: Path,
+    *,
+    revision: str | None,
+    num_steps: int,
+    sampler: str | None,
+    height: int | None,
+    width: int | None,
+    guidance: float | None,
+    profiles: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Build and print."""
+    profile = load_profile(device, profiles)
+    with extra("export", "building a bundle"):
+        from latentrelay.export import export, load_source
+    with counting("reading the source pipeline", None) as advance:
+        result = export(
+            load_source(resolve(model), revision, name=model if model == REFERENCE else None),
+            profile,
+            output,
+            sampler=sampler,
+            num_steps=num_steps,
+            height=height,
+            width=width,
+            guidance=default_guidance(model) if guidance is None else guidance,
+            progress=lambda words: advance(words, 1),
+            overwrite=overwrite,
+        )
+    document: dict[str, Any] = {
+        "bundle": str(result.bundle),
+        "digest": result.digest,
+        "device": profile.name,
+        "parity_db": dict(result.parity_db),
+        "seconds": dict(result.seconds),
+    }
+    rows = [[name, f"{value:.1f} dB"] for name, value in result.parity_db.items()]
+    rows += [[f"{name} (time)", f"{value:.1f} s"] for name, value in result.seconds.items()]
+
+    def show(console: Any) -> None:
+        console.print(table(["component against torch", "SNR"], rows))
+        console.print(f"bundle: [bold]{result.bundle}[/]\ndigest: {result.digest}")
+
+    emit(document, as_json, show)

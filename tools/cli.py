@@ -1,0 +1,256 @@
+"""The `latentrelay` command. Every subcommand imports what it needs when it runs, so `--help` is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Every usage error descends from BadParameter's grandparent; typer brings its own copy of click, so it is asked here.
+_USAGE_ERRORS = typer.BadParameter.__mro__[2]
+MISUSED = 2
+
+app = typer.Typer(
+    name="latentrelay",
+    help="One Stable Diffusion run, shared: the cloud starts it, the device finishes it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 done, 1 failed, 2 misused, 3 refused.",
+)
+devices = typer.Typer(help="Device profiles: list, show, validate.", no_args_is_help=True)
+app.add_typer(devices, name="devices")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="'reference', a hub id, a folder or a .safetensors file.")]
+ProfileFolder = Annotated[Path | None, typer.Option("--profiles", help="A folder of your own device profiles.")]
+NumSteps = Annotated[int, typer.Option("--num-steps", min=1, max=1000, help="N, the steps of the whole run.")]
+
+
+@devices.command("list")
+def devices_list(profiles: ProfileFolder = None, as_json: Json = False) -> None:
+    """Every profile there is."""
+    from latentrelay.tools import devices_command
+
+    devices_command.show_list(profiles, as_json)
+
+
+@devices.command("show")
+def devices_show(name: str, profiles: ProfileFolder = None, as_json: Json = False) -> None:
+    """One profile, with the sources of its numbers."""
+    from latentrelay.tools import devices_command
+
+    devices_command.show_one(name, profiles, as_json)
+
+
+@devices.command("validate")
+def devices_validate(file: Path, as_json: Json = False) -> None:
+    """Check a profile file of your own; exit status 3 if it does not follow the schema."""
+    from latentrelay.tools import devices_command
+
+    devices_command.validate(file, as_json)
+
+
+@app.command()
+def build(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle's folder.")],
+    device: Annotated[str, typer.Option("--device", "-d", help="A device profile's name or file.")],
+    model: Model = "reference",
+    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    num_steps: NumSteps = 25,
+    sampler: Annotated[str | None, typer.Option(help="dpmsolver++ or ddim; the source's own if not given.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="The bundle's default guidance scale.")] = None,
+    profiles: ProfileFolder = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a bundle that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a pipeline and a device profile into a bundle."""
+    from latentrelay.tools import build
+
+    build.run(
+        model,
+        device,
+        output,
+        revision=revision,
+        num_steps=num_steps,
+        sampler=sampler,
+        height=height,
+        width=width,
+        guidance=guidance,
+        profiles=profiles,
+        overwrite=overwrite,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def serve(
+    model: Model = "reference",
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="LATENTRELAY_TOKEN", help="Ask clients for this bearer token.")
+    ] = None,
+    cert: Annotated[Path | None, typer.Option(help="TLS certificate, PEM.")] = None,
+    key: Annotated[Path | None, typer.Option(help="TLS key, PEM.")] = None,
+    insecure: Annotated[bool, typer.Option(help="Plain HTTP off loopback, where another proxy ends TLS.")] = False,
+    port_file: Annotated[Path | None, typer.Option(help="Write the port here once requests are answered.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the first steps for devices, over HTTP, until interrupted."""
+    from latentrelay.tools import serve
+
+    serve.run(
+        model,
+        host=host,
+        port=port,
+        revision=revision,
+        token=token,
+        cert=cert,
+        key=key,
+        insecure=insecure,
+        port_file=port_file,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", "-p")],
+    bundle: Annotated[Path, typer.Option("--bundle", "-b", help="A bundle's folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")] = Path("out.png"),
+    cloud: Annotated[str | None, typer.Option(help="Address of a `latentrelay serve`.")] = None,
+    split: Annotated[
+        int | None, typer.Option(min=0, help="First step on the device; half the run if a cloud is given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    negative_prompt: str = "",
+    guidance: Annotated[float | None, typer.Option(help="The bundle's default if not given.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="LATENTRELAY_TOKEN", help="The cloud's bearer token.")] = None,
+    wire_dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    fallback: Annotated[bool, typer.Option(help="Run all steps here if the cloud is out of reach.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Make a picture with a bundle, alone or with a cloud. Needs the base install only."""
+    from latentrelay.tools import generate
+
+    generate.run(
+        bundle,
+        prompt,
+        output,
+        cloud=cloud,
+        split=split,
+        seed=seed,
+        negative_prompt=negative_prompt,
+        guidance=guidance,
+        token=token,
+        wire_dtype=wire_dtype,
+        fallback=fallback,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def verify(
+    bundle: Path,
+    selftest: Annotated[bool, typer.Option(help="Also run the bundle's sample inputs through this machine.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every file of a bundle against its manifest; exit status 3 if anything differs."""
+    from latentrelay.tools import verify
+
+    verify.run(bundle, selftest=selftest, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    model: Model = "reference",
+    captions: Annotated[int, typer.Option(min=1, help="Held-out captions.")] = 512,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    num_steps: NumSteps = 25,
+    guidance: Annotated[float | None, typer.Option(help="The reference's own if not given.")] = None,
+    held_out: Annotated[
+        int | None, typer.Option(min=1, help="Captions with held-out pairs; a quarter as many if not given.")
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Which data split the captions come from: report, or gate while tuning.")
+    ] = "report",
+    sheet: Annotated[Path | None, typer.Option(help="Also write a sheet of the first pictures here (PNG).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model's pictures of held-out Scenes captions with the judge."""
+    from latentrelay.tools import evaluate
+
+    evaluate.run(
+        model,
+        captions,
+        seed,
+        num_steps=num_steps,
+        guidance=guidance,
+        held_out=held_out,
+        split=split,
+        sheet=sheet,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the report goes.")] = Path("runs/demo"),
+    captions: Annotated[int, typer.Option(min=1, max=64)] = 8,
+    num_steps: NumSteps = 25,
+    split: Annotated[int, typer.Option(min=0, help="Steps in the cloud in the hybrid run.")] = 10,
+    device: Annotated[
+        str | None, typer.Option("--device", "-d", help="A profile; this machine's kind if not given.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Build, serve, generate three ways and report: the whole chain on this machine, offline."""
+    from latentrelay.tools import demo
+
+    demo.run(output, captions=captions, num_steps=num_steps, split=split, device=device, as_json=as_json)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as of
+
+        typer.echo(f"latentrelay {of('latentrelay')}")
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command and exit with its status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_status(given))
+
+
+def _status(arguments: list[str]) -> int:
+    try:
+        status: Any = app(arguments, prog_name="latentrelay", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+    except Exception as error:
+        from latentrelay.tools.console import report_error
+
+        as_json = "--json" in arguments
+        if hasattr(error, "exit_status"):
+            return report_error(error, as_json)
+        if isinstance(error, _USAGE_ERRORS):
+            if not as_json:
+                error.show()  # type: ignore[attr-defined]
+                return MISUSED
+            return report_error(error, as_json, MISUSED)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""`latentrelay devices`: which profiles exist, what one says, whether a file of the user's own follows the schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from latentrelay.device_profiles import DeviceProfile, list_profiles, load_profile, validate_file
+from latentrelay.tools.console import emit, table
+from rich.console import Console
+from rich.markup import escape
+
+
+def show_list(folder: Path | None, as_json: bool) -> None:
+    """One line a profile."""
+    profiles = list_profiles(folder)
+    rows = [[*_summary(item)] for item in profiles]
+    columns = ["name", "device", "precision", "memory for an app", "U-Net"]
+    document = {"profiles": [item.model_dump(mode="json") for item in profiles]}
+    emit(document, as_json, lambda console: console.print(table(columns, rows)))
+
+
+def _summary(item: DeviceProfile) -> tuple[str, str, str, str, str]:
+    ceiling, size = item.memory.application_ceiling_mib, item.target_unet_parameters.parameters
+    return item.name, item.title, item.target_precision, f"{ceiling} MiB", f"{size / 1e6:.0f}M"
+
+
+def show_one(name: str, folder: Path | None, as_json: bool) -> None:
+    """Everything one profile says."""
+    profile = load_profile(name, folder)
+    emit(profile.model_dump(mode="json"), as_json, lambda console: _describe(profile, console))
+
+
+def validate(file: Path, as_json: bool) -> None:
+    """Raises ProfileFileError (exit status 3) for a file that does not follow the schema."""
+    profile = validate_file(file)
+    document = {"ok": True, "name": profile.name, "path": str(file)}
+    emit(document, as_json, lambda console: console.print(f"{file}: [green]valid[/], device {profile.name!r}"))
+
+
+def _describe(profile: DeviceProfile, console: Console) -> None:
+    memory, target, defaults = profile.memory, profile.target_unet_parameters, profile.defaults
+    ceiling = f"{memory.application_ceiling_mib} of {memory.total_mib} MiB"
+    facts = {
+        "chipset": profile.chipset,
+        "system": profile.os,
+        "student class": profile.student_class,
+        "precision": profile.target_precision,
+        "memory for an app": f"{ceiling} ({memory.ceiling_label}: {memory.ceiling_derivation})",
+        "largest file": f"{memory.largest_file_mib} MiB ({memory.largest_file_reason})",
+        "U-Net": f"{target.parameters / 1e6:.0f}M parameters, limited by {target.limited_by}: {target.derivation}",
+        "backend": f"{profile.backend.name}: " + ", ".join(each.name for each in profile.backend.execution_providers),
+        "picture": f"{defaults.height}x{defaults.width}, {defaults.num_steps} steps, {defaults.split} in the cloud",
+    }
+    rows = list(facts.items())
+    for anchor in profile.latency:
+        figure = f"{anchor.ms:g} ms, {anchor.model} {anchor.precision}, {anchor.label}"
+        rows.append((anchor.component, f"{figure}, {anchor.device} ({anchor.source})"))
+    for source in profile.sources:
+        rows.append((f"source {source.id}", f"{source.title} {source.url or ''}".strip()))
+    console.print(f"[bold]{profile.title}[/] ({profile.name})")
+    for name, value in rows:
+        console.print(f"  [bold]{name}[/]: {escape(value)}")

@@ -1,0 +1,72 @@
+"""`latentrelay generate`: one picture from a bundle, alone or with a cloud. Imports the runtime and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from latentrelay.runtime import Bundle, CloudClient, Session, StepEvent
+from latentrelay.runtime import generate as generate_picture
+from latentrelay.tools.console import counting, emit, table
+
+
+def run(
+    bundle: Path,
+    prompt: str,
+    output: Path,
+    *,
+    cloud: str | None,
+    split: int | None,
+    seed: int,
+    negative_prompt: str,
+    guidance: float | None,
+    token: str | None,
+    wire_dtype: str,
+    fallback: bool,
+    as_json: bool,
+) -> None:
+    """Verify the bundle, make the picture, write it, print what happened."""
+    opened = Bundle.open(bundle)
+    client = CloudClient(cloud, token=token) if cloud else None
+    steps = opened.manifest.schedule.num_steps
+    with Session(opened) as session, counting("generating", steps) as advance:
+
+        def stepped(event: StepEvent) -> None:
+            advance(f"step {event.step + 1} of {event.num_steps}", 1)
+
+        result = generate_picture(
+            session,
+            prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            guidance=guidance,
+            split=split,
+            cloud=client,
+            on_step=stepped,
+            fallback=fallback,
+            wire_dtype=wire_dtype,
+        )
+    if client is not None:
+        client.close()
+    result.save_png(output)
+    document: dict[str, Any] = {
+        "image": str(output),
+        "path_taken": result.path_taken,
+        "steps": dict(result.steps),
+        "handoff_bytes": result.handoff_bytes,
+        "ms": {name: round(value, 2) for name, value in result.ms.items()},
+        "providers": list(result.providers),
+        "seed": result.seed,
+        "guidance": result.guidance,
+        "bundle_digest": result.digest,
+        "fallback_reason": result.fallback_reason,
+    }
+
+    def show(console: Any) -> None:
+        console.print(table(["stage", "ms"], [[name, f"{value:.0f}"] for name, value in result.ms.items()]))
+        where = f"{result.steps['cloud']} steps in the cloud, {result.steps['device']} here"
+        console.print(f"[bold]{output}[/]: {result.path_taken}, {where}, {result.handoff_bytes} bytes handed over")
+        if result.fallback_reason:
+            console.print(f"[yellow]the cloud was out of reach:[/] {result.fallback_reason}")
+
+    emit(document, as_json, show)
