@@ -1,10 +1,14 @@
 """Fixtures shared by the folders, and the named list of third-party warnings that are not ours to fix.
 
-`tiny` is tests/tiny_pipeline.py as a module; `tiny_bundle` is one fp32 bundle exported once for the whole session.
+`tiny` is tests/tiny_pipeline.py as a module, `uninterrupted` tests/uninterrupted.py; `tiny_bundle` is one fp32 bundle
+exported once for the whole session; `serve_cloud(pipeline)` is a real server on a loopback port.
 """
 
 import importlib.util
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,22 +30,28 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
-def load_tiny_pipeline() -> ModuleType:
-    """tests/tiny_pipeline.py, imported once under its own name."""
-    if "tiny_pipeline" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("tiny_pipeline", Path(__file__).with_name("tiny_pipeline.py"))
+def load_beside(name: str) -> ModuleType:
+    """tests/<name>.py, imported once under its own name."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
         if spec is None or spec.loader is None:
-            raise ImportError("tests/tiny_pipeline.py is missing")
+            raise ImportError(f"tests/{name}.py is missing")
         module = importlib.util.module_from_spec(spec)
-        sys.modules["tiny_pipeline"] = module
+        sys.modules[name] = module
         spec.loader.exec_module(module)
-    return sys.modules["tiny_pipeline"]
+    return sys.modules[name]
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Any:
     """The factory module: `tiny.make_pipeline(folder, ...)`, `tiny.save_pipeline(pipeline, folder)`."""
-    return load_tiny_pipeline()
+    return load_beside("tiny_pipeline")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted() -> Any:
+    """The module that runs diffusers alone: `final_latents(pipeline, sampler, ...)`, `snr_db(expected, got)`."""
+    return load_beside("uninterrupted")
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +72,47 @@ def tiny_export(tiny_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) ->
 def tiny_bundle(tiny_export: Any) -> Path:
     """The folder of `tiny_export`. Read only: copy it before changing anything."""
     return Path(tiny_export.bundle)
+
+
+@contextmanager
+def _served(pipeline: Any, name: str = "tiny") -> Iterator[str]:
+    from latentrelay.cloud.app import create_app
+    from latentrelay.cloud.engine import Engine
+    from latentrelay.cloud.serve import CloudServer
+
+    server = CloudServer(create_app(Engine(pipeline, name=name)))
+    ready = threading.Event()
+    thread = threading.Thread(target=server.run, args=(lambda url, port: ready.set(),))
+    thread.start()
+    try:
+        if not ready.wait(20):
+            raise TimeoutError("the server did not start")
+        yield server.url
+    finally:
+        server.stop()
+        thread.join(20)
+        if thread.is_alive():
+            raise TimeoutError("the server did not stop")
+
+
+@pytest.fixture(scope="session")
+def serve_cloud() -> Callable[..., AbstractContextManager[str]]:
+    """`with serve_cloud(pipeline, name=...) as url`: the cloud's service in a thread, on a real socket."""
+    return _served
+
+
+@pytest.fixture(scope="session")
+def tiny_cloud(tiny_pipeline: Any) -> Iterator[str]:
+    """The address of a server that runs `tiny_pipeline` for the whole session."""
+    with _served(tiny_pipeline) as url:
+        yield url
+
+
+@pytest.fixture
+def dead_url() -> str:
+    """A loopback address at which nobody answers."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    return f"http://127.0.0.1:{port}"
