@@ -249,6 +249,8 @@ def _status(arguments: list[str]) -> int:
                 error.show()  # type: ignore[attr-defined]
                 return MISUSED
             return report_error(error, as_json, MISUSED)
+        if isinstance(error, OSError):  # a full disk, a folder that may not be written, weights that are not there
+            return report_error(error, as_json)
         raise
 
 

@@ -42,12 +42,14 @@ def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -
 def report_error(error: BaseException, as_json: bool, status: int | None = None) -> int:
     """Print an error for its reader; the exit status to end with."""
     status = int(getattr(error, "exit_status", FAILED)) if status is None else status
+    words = getattr(error, "format_message", None)  # a usage error names its parameter there only
+    reason = words() if callable(words) else str(error)
     if as_json:
         facts = {name: getattr(error, name, None) for name in ("path", "field", "status")}
-        document = {"ok": False, "error": type(error).__name__, "reason": str(error), "exit_status": status}
+        document = {"ok": False, "error": type(error).__name__, "reason": reason, "exit_status": status}
         document |= {name: str(value) for name, value in facts.items() if value is not None}
         sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
-    err.print(f"[bold red]latentrelay:[/] {_escape(str(error))}")
+    err.print(f"[bold red]latentrelay:[/] {_escape(reason)}")
     return status
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from latentrelay.runtime import Bundle, CloudClient, Session, StepEvent
 from latentrelay.runtime import generate as generate_picture
+from latentrelay.runtime.errors import RequestError
 from latentrelay.tools.console import counting, emit, table
+
+WIRE_DTYPES = ("float16", "float32")
 
 
 def run(
@@ -26,10 +30,17 @@ def run(
     as_json: bool,
 ) -> None:
     """Verify the bundle, make the picture, write it, print what happened."""
+    if wire_dtype not in WIRE_DTYPES:
+        raise RequestError("unknown wire dtype", got=wire_dtype, expected=" or ".join(WIRE_DTYPES))
+    if not output.absolute().parent.is_dir():
+        raise RequestError("the picture's folder does not exist", got=str(output), do="Make it first.")
     opened = Bundle.open(bundle)
-    client = CloudClient(cloud, token=token) if cloud else None
     steps = opened.manifest.schedule.num_steps
-    with Session(opened) as session, counting("generating", steps) as advance:
+    with (
+        CloudClient(cloud, token=token) if cloud else nullcontext() as client,
+        Session(opened) as session,
+        counting("generating", steps) as advance,
+    ):
 
         def stepped(event: StepEvent) -> None:
             advance(f"step {event.step + 1} of {event.num_steps}", 1)
@@ -46,8 +57,6 @@ def run(
             fallback=fallback,
             wire_dtype=wire_dtype,
         )
-    if client is not None:
-        client.close()
     result.save_png(output)
     document: dict[str, Any] = {
         "image": str(output),

@@ -170,7 +170,7 @@ def test_a_handoff_of_another_scheduler_is_refused(session: Session, cloud: Clou
 def test_a_truncated_and_a_nan_handoff_are_refused_each_in_its_words(session: Session, cloud: CloudClient) -> None:
     data = ask(cloud, session, 5).to_bytes()
     for length in (0, 7, 100, len(data) - 1):
-        with pytest.raises(HandoffFormatError, match="truncated|malformed") as truncated:
+        with pytest.raises(HandoffFormatError, match=r"truncated|malformed") as truncated:
             Handoff.from_bytes(data[:length])
         assert truncated.value.exit_status == 3
     poisoned = data[:-4] + np.array(np.nan, "<f4").tobytes()
