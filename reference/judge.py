@@ -27,7 +27,7 @@ from latentrelay.reference.scenes import (
     render,
     sample_scene,
 )
-from latentrelay.reference.training import BatchRng, Losses, Recipe, fit
+from latentrelay.reference.training import BatchRng, Losses, Recipe, device_of, fit
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -265,20 +265,20 @@ def judge_scenes(rng: np.random.Generator, count: int, *, held_back: bool = Fals
 
 
 def degrade(pictures: torch.Tensor, rng: BatchRng, autoencode: Autoencode | None = None) -> torch.Tensor:
-    """A copy of the pictures: half as they are, the rest blurred, resampled or autoencoded, some with noise and
+    """A copy of the pictures: most as they are, the rest blurred, resampled or autoencoded, some with noise and
     other contrast."""
     count = len(pictures)
     kind = rng.numpy.random(count)
     out = pictures.clone()
-    blurred = np.flatnonzero((kind > 0.5) & (kind < 0.7))
+    blurred = np.flatnonzero((kind > 0.7) & (kind < 0.85))
     if blurred.size:
         out[blurred] = blur(pictures[blurred], float(rng.numpy.uniform(0.4, 2.2))).to(out.dtype)
-    resampled = np.flatnonzero((kind >= 0.7) & (kind < 0.85))
+    resampled = np.flatnonzero((kind >= 0.85) & (kind < 0.94))
     if resampled.size:
         side = int(rng.numpy.integers(44, 110))
         small = F.interpolate(pictures[resampled], size=(side, side), mode="bilinear", antialias=True)
         out[resampled] = F.interpolate(small, size=pictures.shape[-2:], mode="bilinear").to(out.dtype)
-    coded = np.flatnonzero(kind >= 0.85)
+    coded = np.flatnonzero(kind >= 0.94)
     if coded.size and autoencode is not None:
         out[coded] = autoencode(pictures[coded]).to(out.dtype)
     noisy = torch.from_numpy((rng.numpy.random(count) < 0.4) * rng.numpy.uniform(0, 0.24, count)).float()
@@ -313,7 +313,9 @@ def train(recipe: Recipe, folder: Path, autoencode: Autoencode | None = None) ->
         scenes = judge_scenes(rng.numpy, recipe.batch)
         with torch.no_grad():
             pictures = degrade(pictures_of(scenes), rng, autoencode).contiguous(memory_format=torch.channels_last)
-        logits, wanted = module(pictures), truth(scenes)
+        device = device_of(module)
+        logits = module(pictures.to(device))
+        wanted = {name: values.to(device) for name, values in truth(scenes).items()}
         losses = [F.cross_entropy(logits[name].float(), wanted[name]) for name in READOUTS]
         right = [(logits[name].argmax(1) == wanted[name])[wanted[name] >= 0].float().mean() for name in READOUTS]
         return {"loss": torch.stack(losses).mean(), "accuracy": torch.stack(right).mean()}

@@ -66,6 +66,10 @@ def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
         requires_safety_checker=False,
     )
     half.save_pretrained(folder, safe_serialization=True)
+    for path in folder.glob("*/config.json"):  # diffusers notes where a part was loaded from: a path of this machine
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load(folder: Path | None = None) -> StableDiffusionPipeline:
@@ -104,9 +108,3 @@ def generate(
         ).images
         pictures.append(found * 2 - 1)
     return torch.cat(pictures).float()
-
-
-def card(folder: Path) -> dict[str, object]:
-    """The figures that training wrote beside the weights."""
-    path = folder / "figures.json"
-    return json.loads(path.read_text()) if path.exists() else {}

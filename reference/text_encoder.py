@@ -25,7 +25,7 @@ from latentrelay.reference.scenes import (
     in_split,
     sample_scene,
 )
-from latentrelay.reference.training import BatchRng, Losses, Recipe, fit
+from latentrelay.reference.training import BatchRng, Losses, Recipe, device_of, fit
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "texture": TEXTURES}
@@ -102,10 +102,10 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
 def readout_loss(logits: list[torch.Tensor], ids: torch.Tensor, targets: torch.Tensor, end: int) -> Losses:
     """Cross-entropy at the end token and at every pad after it, averaged; and the share read right at the end token."""
     after = ids == end
-    total = torch.zeros(())
-    right = torch.zeros(())
+    total = torch.zeros((), device=ids.device)
+    right = torch.zeros((), device=ids.device)
     first = after.int().argmax(1)
-    rows = torch.arange(len(ids))
+    rows = torch.arange(len(ids), device=ids.device)
     for column, scores in enumerate(logits):
         wanted = targets[:, column]
         total = total + torch.nn.functional.cross_entropy(scores[after], wanted[:, None].expand_as(ids)[after])
@@ -124,6 +124,8 @@ def train(tokenizer: CLIPTokenizer, recipe: Recipe, folder: Path) -> CLIPTextMod
         empty = rng.numpy.random(recipe.batch) < 0.05
         ids = tokenize(tokenizer, ["" if blank else pair[1].text for blank, pair in zip(empty, pairs, strict=True)])
         wanted = [nothing if blank else targets_of(*pair) for blank, pair in zip(empty, pairs, strict=True)]
-        return readout_loss(module(ids), ids, torch.tensor(wanted), cast(int, tokenizer.eos_token_id))
+        device = device_of(module)
+        ids = ids.to(device)
+        return readout_loss(module(ids), ids, torch.tensor(wanted, device=device), cast(int, tokenizer.eos_token_id))
 
     return cast(Reader, fit(reader, loss_of, recipe, folder)).encoder

@@ -42,15 +42,15 @@ class Recipes:
 
 CPU = Recipes(
     widths=unet.WIDTHS["cpu"],
-    scenes=(60_000, 24_000),
+    scenes=(60_000, 18_000),
     text=Recipe(steps=2500, batch=64, learning_rate=1e-3, warmup=100, ema_decay=0.99, checkpoint_every=500),
     vae=Recipe(
         steps=2800, batch=16, learning_rate=1e-3, warmup=100, decay=0.6, ema_decay=0.995, mixed_precision="bf16"
     ),
-    unet_64=Recipe(steps=4800, batch=64, learning_rate=1e-3, decay=0.25),
-    unet_128=Recipe(steps=2200, batch=32, learning_rate=8e-4, warmup=50, decay=0.6, checkpoint_every=200, seed=1),
+    unet_64=Recipe(steps=3250, batch=64, learning_rate=1e-3, decay=0.0),
+    unet_128=Recipe(steps=3200, batch=32, learning_rate=7e-4, warmup=50, decay=0.65, checkpoint_every=200, seed=1),
     judge=Recipe(
-        steps=2000, batch=48, learning_rate=1.5e-3, warmup=100, decay=0.6, ema_decay=0.995, mixed_precision="bf16"
+        steps=1700, batch=48, learning_rate=1.5e-3, warmup=100, decay=0.6, ema_decay=0.995, mixed_precision="bf16"
     ),
 )
 GPU = replace(

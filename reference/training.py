@@ -24,6 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Losses = dict[str, torch.Tensor]
 
 
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where a module's weights are. Batches are drawn on the CPU, the same on every machine, and moved there."""
+    return next(module.parameters()).device
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How long and how fast. `steps` counts optimiser steps; the learning rate warms up over `warmup` steps, holds,

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from latentrelay.reference.captions import caption_scene
 from latentrelay.reference.scenes import render, sample_scenes
 from latentrelay.reference.text_encoder import tokenize
-from latentrelay.reference.training import BatchRng, Losses, Recipe, fit
+from latentrelay.reference.training import BatchRng, Losses, Recipe, device_of, fit
 from latentrelay.reference.vae import to_tensor
 from numpy.typing import NDArray
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -69,22 +69,28 @@ class LatentSet:
 
 @torch.no_grad()
 def cache_latents(
-    vae: AutoencoderKL, scale: float, folder: Path, size: int, count: int, part: tuple[int, int] = (0, 1)
+    vae: AutoencoderKL,
+    scale: float,
+    folder: Path,
+    size: int,
+    count: int,
+    part: tuple[int, int] = (0, 1),
+    shard_size: int = SHARD,
 ) -> None:
-    """Encode `count` training scenes at `size` pixels into shards of 1,000; shards that exist are kept. `part` = (i, n)
+    """Encode `count` training scenes at `size` pixels into shards; shards that exist are kept. `part` = (i, n)
     does every n-th shard, so that several processes can share the work."""
     folder.mkdir(parents=True, exist_ok=True)
     scenes = sample_scenes("train", count, seed=size)
-    for shard in range(part[0], count // SHARD, part[1]):
+    for shard in range(part[0], count // shard_size, part[1]):
         path = folder / f"latents-{size}-{shard:03d}.npy"
         if path.exists():
             continue
-        rows = scenes[shard * SHARD : (shard + 1) * SHARD]
+        rows = scenes[shard * shard_size : (shard + 1) * shard_size]
         encoded = [
             vae.encode(
                 to_tensor(render(rows[i : i + 50], size)).contiguous(memory_format=torch.channels_last)
             ).latent_dist.mean
-            for i in range(0, SHARD, 50)
+            for i in range(0, shard_size, 50)
         ]
         _save(path, (torch.cat(encoded) * scale).half().numpy())
 
@@ -98,19 +104,20 @@ def cache_embeddings(
     count: int,
     captions: int,
     part: tuple[int, int] = (0, 1),
+    shard_size: int = SHARD,
 ) -> None:
     """Embed `captions` paraphrases of each scene that `cache_latents` encodes, into shards like its own."""
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder / "empty.npy", encoder(tokenize(tokenizer, [""])).last_hidden_state[0].half().numpy())
     scenes = sample_scenes("train", count, seed=size)
-    for shard in range(part[0], count // SHARD, part[1]):
+    for shard in range(part[0], count // shard_size, part[1]):
         path = folder / f"embeddings-{size}-{shard:03d}.npy"
         if path.exists():
             continue
         rng = np.random.Generator(np.random.PCG64([size, shard]))
         texts = [
             caption_scene(scene, rng).text
-            for scene in scenes[shard * SHARD : (shard + 1) * SHARD]
+            for scene in scenes[shard * shard_size : (shard + 1) * shard_size]
             for _ in range(captions)
         ]
         found = [
@@ -148,15 +155,17 @@ def train(unet: UNet2DConditionModel, cached: LatentSet, recipe: Recipe, folder:
     steps = len(alphas_cumprod)
 
     def loss_of(module: torch.nn.Module, rng: BatchRng) -> Losses:
-        latents, context = _batch(cached, rng.numpy, recipe.batch)
-        noise = torch.randn(latents.shape, generator=rng.torch)
+        device = device_of(module)
+        latents, context = (tensor.to(device) for tensor in _batch(cached, rng.numpy, recipe.batch))
+        noise = torch.randn(latents.shape, generator=rng.torch).to(device)
         # Stratified: one timestep from each of `batch` equal slices, which steadies the loss.
         spread = (torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=rng.torch)) / recipe.batch
         timesteps = (spread * steps).long().clamp(max=steps - 1)
-        alpha_bar = alphas_cumprod[timesteps][:, None, None, None]
+        alpha_bar = alphas_cumprod[timesteps].to(device)[:, None, None, None]
         noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
         target = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
-        predicted = module(noisy.contiguous(memory_format=torch.channels_last), timesteps, context).sample.float()
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        predicted = module(noisy, timesteps.to(device), context).sample.float()
         squared = (predicted - target).square().mean((1, 2, 3))
         snr = (alpha_bar / (1 - alpha_bar)).flatten()
         return {"loss": (squared * snr.clamp(max=SNR_CAP) / (snr + 1)).mean(), "v_mse": squared.mean()}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from latentrelay.reference.scenes import Floats, Scene, Split, in_split, render, sample_scene, sample_scenes
-from latentrelay.reference.training import BatchRng, Losses, Recipe, fit
+from latentrelay.reference.training import BatchRng, Losses, Recipe, device_of, fit
 
 CONFIG = {
     "in_channels": 3,
@@ -70,9 +70,9 @@ def train(recipe: Recipe, folder: Path) -> AutoencoderKL:
 
     def loss_of(module: torch.nn.Module, rng: BatchRng) -> Losses:
         model = cast(AutoencoderKL, module)
-        pictures = training_pictures(rng.numpy, recipe.batch)
+        pictures = training_pictures(rng.numpy, recipe.batch).to(device_of(module))
         posterior = model.encode(pictures).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=rng.torch)
+        noise = torch.randn(posterior.mean.shape, generator=rng.torch).to(pictures.device)
         losses = reconstruction_losses(model.decode(posterior.mean + posterior.std * noise).sample.float(), pictures)
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).float().mean()
         return {**losses, "loss": losses["loss"] + KL_WEIGHT * kl, "kl": kl}

@@ -1,0 +1,30 @@
+"""Export a Stable Diffusion pipeline for an x86 laptop: python examples/export_laptop.py [MODEL] [OUT] [PROFILE]
+
+MODEL is a hub id, a folder, a .safetensors file, or nothing for the reference pipeline. Note: a dynamic batch, so
+one bundle serves one picture or several.
+"""
+
+import sys
+from pathlib import Path
+
+from latentrelay.device_profiles import load_profile
+from latentrelay.export import export
+from latentrelay.reference.pipeline import GUIDANCE, reference_path
+
+
+def main(model: str | None = None, out: str = "bundles/x86-laptop-vnni", profile: str = "x86-laptop-vnni") -> None:
+    result = export(
+        model or reference_path(),
+        load_profile(profile),
+        Path(out),
+        num_steps=25,
+        guidance=7.5 if model else GUIDANCE,
+        progress=lambda words: print(words, file=sys.stderr),
+    )
+    for component, decibel in result.parity_db.items():
+        print(f"{component:14} {decibel:6.1f} dB against torch")
+    print(f"{result.bundle}\n{result.digest}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
