@@ -23,6 +23,9 @@ from latentrelay.runtime.errors import (
 
 PROMPT, NEGATIVE, SEED, GUIDANCE = "a red cat on the thing", "blurred", 20261123, 5.0
 STEPS = 25
+# The bar is 50 dB. A tiny random model hardly heeds its prompt (guidance 5.0 against 5.1 is 59 dB here), so the tests
+# ask for what rounding alone leaves; a wrong prompt, guidance, memory or noise is far below it.
+EQUAL_DB = 90.0
 SPLITS = (0, 1, 2, 7, 12, 18, STEPS - 1, STEPS)
 DDIM_STEPS = 6
 
@@ -60,7 +63,7 @@ def finish(session: Session, handoff: Handoff) -> Any:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_split_run_ends_where_the_uninterrupted_one_does(
-    split: int, session: Session, cloud: CloudClient, whole: Any, uninterrupted: Any, record_property: Any
+    split: int, session: Session, cloud: CloudClient, whole: Any, uninterrupted: Any
 ) -> None:
     found = {}
     for dtype in ("float32", "float16"):
@@ -68,15 +71,14 @@ def test_a_split_run_ends_where_the_uninterrupted_one_does(
         assert result.steps == {"cloud": split, "device": STEPS - split}
         assert result.path_taken == ("device" if split == 0 else "cloud" if split == STEPS else "hybrid")
         found[dtype] = uninterrupted.snr_db(whole, result.latents)
-        record_property(f"{dtype}_db", round(found[dtype], 1))
-    assert found["float32"] >= 50.0
-    assert 40.0 < found["float16"] < found["float32"]
+    assert found["float32"] >= EQUAL_DB
+    assert 40.0 < found["float16"] < found["float32"], found
 
 
 def test_the_device_alone_ends_there_too(session: Session, whole: Any, uninterrupted: Any) -> None:
     result = generate(session, PROMPT, negative_prompt=NEGATIVE, seed=SEED, guidance=GUIDANCE)
     assert (result.path_taken, result.handoff_bytes) == ("device", 0)
-    assert uninterrupted.snr_db(whole, result.latents) >= 50.0
+    assert uninterrupted.snr_db(whole, result.latents) >= EQUAL_DB
 
 
 def test_another_seed_ends_elsewhere(session: Session, whole: Any, uninterrupted: Any) -> None:
@@ -101,7 +103,7 @@ def test_ddim_has_no_memory_and_splits_alike(
         for split in range(DDIM_STEPS + 1):
             handoff = ask(cloud, session, split)
             assert handoff.x0_prev is None
-            assert uninterrupted.snr_db(expected, finish(session, handoff).latents) >= 50.0, f"split {split}"
+            assert uninterrupted.snr_db(expected, finish(session, handoff).latents) >= EQUAL_DB, f"split {split}"
 
 
 def test_generate_asks_the_cloud_itself(session: Session, tiny_cloud: str, whole: Any, uninterrupted: Any) -> None:
@@ -117,7 +119,7 @@ def test_generate_asks_the_cloud_itself(session: Session, tiny_cloud: str, whole
     )
     assert (result.path_taken, result.steps) == ("hybrid", {"cloud": 10, "device": 15})
     assert result.handoff_bytes > 2 * 4 * 4 * 8 * 8  # latents and x0_prev, float32
-    assert uninterrupted.snr_db(whole, result.latents) >= 50.0
+    assert uninterrupted.snr_db(whole, result.latents) >= EQUAL_DB
 
 
 def test_a_cloud_that_is_gone_is_said_and_made_up_for(
@@ -128,7 +130,7 @@ def test_a_cloud_that_is_gone_is_said_and_made_up_for(
     assert (result.path_taken, result.steps) == ("device-fallback", {"cloud": 0, "device": STEPS})
     assert result.fallback_reason is not None
     assert dead_url in result.fallback_reason
-    assert uninterrupted.snr_db(whole, result.latents) >= 50.0
+    assert uninterrupted.snr_db(whole, result.latents) >= EQUAL_DB
     with pytest.raises(CloudUnavailableError, match="cannot be reached") as caught:
         generate(session, PROMPT, cloud=dead_url, fallback=False, **arguments)
     assert caught.value.exit_status == 1
