@@ -7,6 +7,7 @@ messages go to standard error always.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,9 +60,17 @@ def _escape(text: str) -> str:
 
 @contextmanager
 def extra(name: str, purpose: str) -> Iterator[None]:
-    """Turn a missing optional dependency into the error that says which extra brings it."""
+    """Turn a missing optional dependency into the error that says which extra brings it.
+
+    What the libraries say while they load (progress bars, notes on other packages) is left out: the commands have
+    their own progress lines. DIFFUSERS_VERBOSITY and TRANSFORMERS_VERBOSITY still hold where they are set.
+    """
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         yield
+        if "diffusers" in sys.modules:
+            sys.modules["diffusers"].utils.logging.disable_progress_bar()
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("latentrelay"):
             raise

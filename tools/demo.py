@@ -80,12 +80,14 @@ def run(output: Path, *, captions: int, num_steps: int, split: int, device: str 
     pairs = sample_captions("report", captions, _SEED)
     splits = {"cloud": num_steps, "hybrid": split, "device": 0}
     err.print(f"built {built.bundle} in {build_s:.0f} s; starting the server")
-    with serving(REFERENCE) as url, Session(Bundle.open(built.bundle)) as session, CloudClient(url) as client:
+    bundle = Bundle.open(built.bundle)
+    with serving(REFERENCE) as url, Session(bundle) as session, CloudClient(url) as client:
         runs = {way: _pictures(session, client, way, splits[way], pairs, output) for way in WAYS}
     document = {
         "bundle": str(built.bundle),
         "bundle_digest": built.digest,
         "device": profile.name,
+        "precision": bundle.manifest.precision,
         "num_steps": num_steps,
         "split": split,
         "handoff_bytes": runs["hybrid"][0].result.handoff_bytes,
