@@ -48,7 +48,7 @@ CPU = Recipes(
         steps=2800, batch=16, learning_rate=1e-3, warmup=100, decay=0.6, ema_decay=0.995, mixed_precision="bf16"
     ),
     unet_64=Recipe(steps=3250, batch=64, learning_rate=1e-3, decay=0.0),
-    unet_128=Recipe(steps=3200, batch=32, learning_rate=7e-4, warmup=50, decay=0.65, checkpoint_every=200, seed=1),
+    unet_128=Recipe(steps=2600, batch=32, learning_rate=7e-4, warmup=50, decay=0.65, checkpoint_every=200, seed=1),
     judge=Recipe(
         steps=1700, batch=48, learning_rate=1.5e-3, warmup=100, decay=0.6, ema_decay=0.995, mixed_precision="bf16"
     ),

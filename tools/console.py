@@ -7,6 +7,7 @@ messages go to standard error always.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -67,6 +68,7 @@ def extra(name: str, purpose: str) -> Iterator[None]:
     """
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
     try:
         yield
         if "diffusers" in sys.modules:

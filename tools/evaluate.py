@@ -33,6 +33,7 @@ class Evaluation:
     chance: float
     true_renderings: float
     frechet_distance: float
+    frechet_floor: float
     captions: int
 
     def document(self) -> dict[str, Any]:
@@ -42,6 +43,7 @@ class Evaluation:
             "attribute_accuracy_95": list(self.interval),
             "exact_scene_rate": self.exact_scene_rate,
             "frechet_distance": self.frechet_distance,
+            "true_renderings_frechet_distance": self.frechet_floor,
             "by_attribute": self.by_attribute,
             "chance_accuracy": self.chance,
             "true_renderings_accuracy": self.true_renderings,
@@ -114,9 +116,10 @@ def evaluate_pictures(pictures: Any, pairs: Sequence[tuple[Any, Any]]) -> Evalua
     captions = [caption for _, caption in pairs]
     readings, features = judging.read(judge, pictures)
     scores = [judging.score(reading, caption) for reading, caption in zip(readings, captions, strict=True)]
-    truth, _ = judging.read(judge, judging.pictures_of([scene for scene, _ in pairs]))
+    truth, true_features = judging.read(judge, judging.pictures_of([scene for scene, _ in pairs]))
     ceiling = [judging.score(reading, caption).accuracy for reading, caption in zip(truth, captions, strict=True)]
     summary = judging.summarise(scores)
+    renderings = judging.load_statistics(reference_path())
     return Evaluation(
         attribute_accuracy=summary.attribute_accuracy,
         interval=bootstrap_interval([item.accuracy for item in scores]),
@@ -124,9 +127,8 @@ def evaluate_pictures(pictures: Any, pairs: Sequence[tuple[Any, Any]]) -> Evalua
         by_attribute=summary.by_attribute,
         chance=judging.chance_accuracy(readings, captions),
         true_renderings=float(np.mean(ceiling)),
-        frechet_distance=judging.frechet_distance(
-            judging.Statistics.of(features), judging.load_statistics(reference_path())
-        ),
+        frechet_distance=judging.frechet_distance(judging.Statistics.of(features), renderings),
+        frechet_floor=judging.frechet_distance(judging.Statistics.of(true_features), renderings),
         captions=len(captions),
     )
 
@@ -161,7 +163,8 @@ def _show(console: Any, results: dict[str, Evaluation], split: str) -> None:
             ),
         ],
         ["exact scenes", *(percent(item.exact_scene_rate) for item in (first, second))],
-        ["Frechet distance", *(f"{item.frechet_distance:.2f}" for item in (first, second))],
+        ["Frechet distance", *(f"{item.frechet_distance:.1f}" for item in (first, second))],
+        ["  of true renderings", *(f"{item.frechet_floor:.1f}" for item in (first, second))],
         ["chance", *(percent(item.chance) for item in (first, second))],
         ["true renderings", *(percent(item.true_renderings) for item in (first, second))],
         *(
