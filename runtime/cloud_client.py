@@ -56,6 +56,8 @@ class CloudClient:
         self._loopback = _is_loopback(parts.hostname or "")
         if token is not None and parts.scheme == "http" and not (self._loopback or insecure):
             raise RequestError("a token would cross the network in plain text", got=url, do="Use an https address.")
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise RequestError("the token cannot be sent", expected="printable ASCII", do="Choose another token.")
         self.url = url.rstrip("/")
         self._headers = {"User-Agent": "latentrelay", "Accept-Encoding": "identity"}
         if token is not None:

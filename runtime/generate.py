@@ -7,6 +7,7 @@ the refusal is raised.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -162,6 +163,8 @@ class _Run:
     ) -> _Start:
         """Ask the cloud, take the handoff, or start from noise."""
         steps = self.session.manifest.schedule.num_steps
+        if self.guidance is not None and not 0.0 <= self.guidance < math.inf:
+            raise RequestError("guidance is out of range", got=self.guidance, expected="a finite number >= 0")
         if handoff is not None:
             if cloud is not None:
                 raise RequestError("both a cloud and a handoff were given", do="Give one of them.")

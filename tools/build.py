@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrelay.device_profiles import load_profile
-from latentrelay.tools.console import counting, emit, extra, table
+from latentrelay.tools.console import counting, emit, extra, printable, table
 from latentrelay.tools.models import REFERENCE, default_guidance, resolve
 
 
@@ -29,6 +29,8 @@ def run(
     profile = load_profile(device, profiles)
     with extra("export", "building a bundle"):
         from latentrelay.export import export, load_source
+        from latentrelay.export.bundle_folder import check_output
+    check_output(output.absolute(), overwrite=overwrite)
     with counting("reading the source pipeline", None) as advance:
         result = export(
             load_source(resolve(model), revision, name=model if model == REFERENCE else None),
@@ -54,6 +56,6 @@ def run(
 
     def show(console: Any) -> None:
         console.print(table(["component against torch", "SNR"], rows))
-        console.print(f"bundle: [bold]{result.bundle}[/]\ndigest: {result.digest}")
+        console.print(f"bundle: [bold]{printable(result.bundle)}[/]\ndigest: {result.digest}")
 
     emit(document, as_json, show)

@@ -16,6 +16,7 @@ from typing import Any
 
 from latentrelay.runtime.errors import MissingExtraError
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -26,7 +27,7 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 def emit(document: Mapping[str, Any], as_json: bool, show: Callable[[Console], None]) -> None:
     """Print the JSON object, or let `show` print for people."""
     if as_json:
-        sys.stdout.write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
     else:
         show(Console(highlight=False, soft_wrap=True))
 
@@ -37,7 +38,7 @@ def table(columns: list[str], rows: list[list[Any]], title: str | None = None) -
     for i, column in enumerate(columns):
         out.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        out.add_row(*(str(cell) for cell in row))
+        out.add_row(*(printable(cell) for cell in row))
     return out
 
 
@@ -50,13 +51,14 @@ def report_error(error: BaseException, as_json: bool, status: int | None = None)
         facts = {name: getattr(error, name, None) for name in ("path", "field", "status")}
         document = {"ok": False, "error": type(error).__name__, "reason": reason, "exit_status": status}
         document |= {name: str(value) for name, value in facts.items() if value is not None}
-        sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
-    err.print(f"[bold red]latentrelay:[/] {_escape(reason)}")
+        sys.stdout.write(json.dumps(document) + "\n")
+    err.print(f"[bold red]latentrelay:[/] {printable(reason)}")
     return status
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+def printable(words: object) -> str:
+    """Text from outside as rich prints it literally: no markup, and no half characters (file names may hold some)."""
+    return escape(str(words).encode("utf-8", "backslashreplace").decode())
 
 
 @contextmanager

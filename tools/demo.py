@@ -26,7 +26,7 @@ import numpy as np
 from latentrelay.device_profiles import load_profile
 from latentrelay.runtime import Bundle, CloudClient, Result, Session, generate
 from latentrelay.runtime.errors import LatentRelayError, RequestError
-from latentrelay.tools.console import counting, emit, err, extra, table
+from latentrelay.tools.console import counting, emit, err, extra, printable, table
 from latentrelay.tools.models import REFERENCE, default_guidance, resolve
 
 WAYS = ("cloud", "hybrid", "device")
@@ -79,7 +79,7 @@ def run(output: Path, *, captions: int, num_steps: int, split: int, device: str 
     build_s = time.perf_counter() - started
     pairs = sample_captions("report", captions, _SEED)
     splits = {"cloud": num_steps, "hybrid": split, "device": 0}
-    err.print(f"built {built.bundle} in {build_s:.0f} s; starting the server")
+    err.print(f"built {printable(built.bundle)} in {build_s:.0f} s; starting the server")
     bundle = Bundle.open(built.bundle)
     with serving(REFERENCE) as url, Session(bundle) as session, CloudClient(url) as client:
         runs = {way: _pictures(session, client, way, splits[way], pairs, output) for way in WAYS}
@@ -105,7 +105,7 @@ def run(output: Path, *, captions: int, num_steps: int, split: int, device: str 
 
     def show(console: Any) -> None:
         console.print(table(["run", "attribute accuracy", "s a picture", "bytes"], rows))
-        console.print(f"report: [bold]{output / 'report.html'}[/]")
+        console.print(f"report: [bold]{printable(output / 'report.html')}[/]")
 
     emit({"report": str(output / "report.html"), **document}, as_json, show)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from latentrelay.device_profiles import DeviceProfile, list_profiles, load_profile, validate_file
-from latentrelay.tools.console import emit, table
+from latentrelay.tools.console import emit, printable, table
 from rich.console import Console
-from rich.markup import escape
 
 
 def show_list(folder: Path | None, as_json: bool) -> None:
@@ -34,7 +33,9 @@ def validate(file: Path, as_json: bool) -> None:
     """Raises ProfileFileError (exit status 3) for a file that does not follow the schema."""
     profile = validate_file(file)
     document = {"ok": True, "name": profile.name, "path": str(file)}
-    emit(document, as_json, lambda console: console.print(f"{file}: [green]valid[/], device {profile.name!r}"))
+    emit(
+        document, as_json, lambda console: console.print(f"{printable(file)}: [green]valid[/], device {profile.name!r}")
+    )
 
 
 def _describe(profile: DeviceProfile, console: Console) -> None:
@@ -57,6 +58,6 @@ def _describe(profile: DeviceProfile, console: Console) -> None:
         rows.append((anchor.component, f"{figure}, {anchor.device} ({anchor.source})"))
     for source in profile.sources:
         rows.append((f"source {source.id}", f"{source.title} {source.url or ''}".strip()))
-    console.print(f"[bold]{profile.title}[/] ({profile.name})")
+    console.print(f"[bold]{printable(profile.title)}[/] ({profile.name})")
     for name, value in rows:
-        console.print(f"  [bold]{name}[/]: {escape(value)}")
+        console.print(f"  [bold]{name}[/]: {printable(value)}")

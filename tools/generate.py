@@ -9,7 +9,7 @@ from typing import Any
 from latentrelay.runtime import Bundle, CloudClient, Session, StepEvent
 from latentrelay.runtime import generate as generate_picture
 from latentrelay.runtime.errors import RequestError
-from latentrelay.tools.console import counting, emit, table
+from latentrelay.tools.console import counting, emit, printable, table
 
 WIRE_DTYPES = ("float16", "float32")
 
@@ -34,6 +34,8 @@ def run(
         raise RequestError("unknown wire dtype", got=wire_dtype, expected=" or ".join(WIRE_DTYPES))
     if not output.absolute().parent.is_dir():
         raise RequestError("the picture's folder does not exist", got=str(output), do="Make it first.")
+    if output.is_dir():
+        raise RequestError("the picture's path is a folder", got=str(output), do="Give the name of a PNG file.")
     opened = Bundle.open(bundle)
     steps = opened.manifest.schedule.num_steps
     with (
@@ -74,8 +76,10 @@ def run(
     def show(console: Any) -> None:
         console.print(table(["stage", "ms"], [[name, f"{value:.0f}"] for name, value in result.ms.items()]))
         where = f"{result.steps['cloud']} steps in the cloud, {result.steps['device']} here"
-        console.print(f"[bold]{output}[/]: {result.path_taken}, {where}, {result.handoff_bytes} bytes handed over")
+        console.print(
+            f"[bold]{printable(output)}[/]: {result.path_taken}, {where}, {result.handoff_bytes} bytes handed over"
+        )
         if result.fallback_reason:
-            console.print(f"[yellow]the cloud was out of reach:[/] {result.fallback_reason}")
+            console.print(f"[yellow]the cloud was out of reach:[/] {printable(result.fallback_reason)}")
 
     emit(document, as_json, show)

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from latentrelay.tools.console import err, extra
+from latentrelay.tools.console import err, extra, printable
 from latentrelay.tools.models import resolve
 
 
@@ -27,14 +27,14 @@ def run(
     with extra("cloud", "the cloud service"):
         from latentrelay.cloud import Engine
         from latentrelay.cloud.serve import serve
-    err.print(f"loading {model}")
+    err.print(f"loading {printable(model)}")
     engine = Engine.load(resolve(model), revision=revision, name=model)
 
     def ready(url: str, real_port: int) -> None:
         if as_json:
             sys.stdout.write(json.dumps({"url": url, "port": real_port, "model": model}) + "\n")
             sys.stdout.flush()
-        err.print(f"serving {model} at [bold]{url}[/] (Ctrl-C ends it)")
+        err.print(f"serving {printable(model)} at [bold]{url}[/] (Ctrl-C ends it)")
 
     serve(
         engine,

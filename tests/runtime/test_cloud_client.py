@@ -203,3 +203,10 @@ def test_a_token_does_not_cross_a_network_in_plain_text() -> None:
         CloudClient(url)
     for url in ("https://example.org", "http://localhost:1", "http://127.0.0.1", "http://[::1]:5"):
         CloudClient(url, token="secret")
+
+
+@pytest.mark.parametrize("token", ["se\ncret", "secret\r", "sécret"])
+def test_a_token_that_no_header_holds_is_refused_unrepeated(token: str) -> None:
+    with pytest.raises(RequestError, match="token") as caught:
+        CloudClient("http://127.0.0.1:1", token=token)
+    assert "cret" not in str(caught.value)

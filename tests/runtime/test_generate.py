@@ -190,6 +190,9 @@ def test_arguments_that_make_no_sense(bundle_folder: Path, kit: SimpleNamespace)
         ({"handoff": kit.make_handoff(), "cloud": "http://127.0.0.1:1"}, "both"),
         ({"seed": -1}, "seed"),
         ({"cloud": "nowhere"}, "address"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"guidance": float("inf")}, "guidance"),
+        ({"guidance": -1.0}, "guidance"),
     ]:
         with pytest.raises(RequestError, match=message) as caught:
             generate(bundle_folder, PROMPT, **arguments)  # type: ignore[arg-type]

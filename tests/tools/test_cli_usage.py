@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -49,6 +55,7 @@ def test_version(command: Run) -> None:
         (("generate", "-p", "x", "-b", "b", "--split", "-1"), "split"),
         (("generate", "-p", "x", "-b", "b", "--wire-dtype", "float8"), "wire dtype"),
         (("generate", "-p", "x", "-b", "b", "-o", "no/such/folder/out.png"), "no/such/folder"),
+        (("generate", "-p", "x", "-b", "b", "-o", "."), "folder"),
         (("serve", "--port", "70000"), "port"),
         (("verify",), "bundle"),
         (("verify", "b", "--fast"), "--fast"),
@@ -91,3 +98,67 @@ def test_serve_without_its_extra_names_it(process: Run) -> None:
     done = process("serve", "-m", "x", without=("torch",))
     assert (done.status, done.out) == (2, "")
     assert 'pip install "latentrelay[cloud]"' in done.err
+
+
+_BUSY = """
+import sys, time
+from pathlib import Path
+from latentrelay.tools import cli, verify
+
+def run(path, **_):
+    try:
+        Path("begun").touch()
+        time.sleep(60)
+    finally:
+        Path("cleaned").touch()
+
+verify.run = run
+cli.main(["verify", "b", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_signal_unwinds_the_command(number: int, status: int, as_json: bool, tmp_path: Path) -> None:
+    flags = ["--json"] if as_json else []
+    settings = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", _BUSY, *flags],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=settings,
+    ) as running:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        running.send_signal(number)
+        out, err = running.communicate(timeout=60)
+    assert running.returncode == status, err
+    assert (tmp_path / "cleaned").exists()
+    assert b"Traceback" not in err
+    if as_json:
+        assert json.loads(out)["exit_status"] == status
+    else:
+        assert out == b""
+
+
+def test_an_error_nobody_foresaw_is_an_object_too(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentrelay.tools import verify
+
+    def run(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr(verify, "run", run)
+    done = command("verify", "b", "--json")
+    assert (done.status, done.json["error"], done.json["exit_status"]) == (1, "ZeroDivisionError", 1)
+    assert "Traceback" in done.err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are any bytes on Linux only")
+def test_a_name_that_is_no_text_is_reported(command: Run, tmp_path: Path) -> None:
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff[/b]")
+    done = command("verify", name, "--json")
+    assert (done.status, done.json["error"]) == (3, "ManifestError")
+    assert r"\udcff[/b]" in done.err
