@@ -29,7 +29,7 @@ class RunRequest(BaseModel):
     prompt: str
     negative_prompt: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**64)]
-    guidance: Annotated[float, Field(ge=0)] = 7.5
+    guidance: Annotated[float, Field(ge=1)] = 7.5  # diffusers switches guidance off at 1 and below
     height: Annotated[int, Field(gt=0)]
     width: Annotated[int, Field(gt=0)]
     num_steps: Annotated[int, Field(ge=1)]

@@ -27,4 +27,6 @@ def main(model: str | None = None, out: str = "bundles/galaxy-s24", profile: str
 
 
 if __name__ == "__main__":
+    if any(argument.startswith("-") for argument in sys.argv[1:]) or len(sys.argv) > 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -17,7 +17,11 @@ def main(bundle: str, prompt: str, cloud: str | None = None) -> None:
         result = generate(session, prompt, seed=7, cloud=cloud, on_step=on_step)
     result.save_png("out.png")
     print(f"out.png: {result.path_taken}, {result.steps['cloud']} steps there, {result.steps['device']} here")
+    if result.fallback_reason:
+        print(f"the cloud was out of reach: {result.fallback_reason}")
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -33,7 +33,9 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         )
     if not overwrite:
         raise OutputExistsError(
-            "the output folder is a bundle already", got=str(out), do="Pass overwrite to replace it."
+            "the output folder is a bundle already",
+            got=str(out),
+            do="Give --overwrite (in Python, overwrite=True) to replace it.",
         )
 
 

@@ -163,8 +163,10 @@ class _Run:
     ) -> _Start:
         """Ask the cloud, take the handoff, or start from noise."""
         steps = self.session.manifest.schedule.num_steps
-        if self.guidance is not None and not 0.0 <= self.guidance < math.inf:
-            raise RequestError("guidance is out of range", got=self.guidance, expected="a finite number >= 0")
+        if self.guidance is not None and not 1.0 <= self.guidance < math.inf:
+            raise RequestError(
+                "guidance is out of range", got=self.guidance, expected="a finite number >= 1", do="1 is no guidance."
+            )
         if handoff is not None:
             if cloud is not None:
                 raise RequestError("both a cloud and a handoff were given", do="Give one of them.")

@@ -40,6 +40,8 @@ class OnnxRuntimeBackend:
         except ImportError as error:
             raise MissingExtraError("onnxruntime", None, purpose="Running a bundle") from error
         self._ort: Any = onnxruntime
+        # Some builds carry a telemetry client that keeps a device id; nothing of a run is anyone else's business.
+        onnxruntime.disable_telemetry_events()
         self._providers = _choose(spec.providers, providers, onnxruntime.get_available_providers())
         options = dict(spec.session_options)
         if threads is not None:

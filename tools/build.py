@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from latentrelay.device_profiles import load_profile
-from latentrelay.tools.console import counting, emit, extra, printable, table
+from latentrelay.runtime.samplers import sampler_reason
+from latentrelay.tools.console import counting, emit, err, extra, printable, table
 from latentrelay.tools.models import REFERENCE, default_guidance, resolve
 
 
@@ -16,6 +17,7 @@ def run(
     output: Path,
     *,
     revision: str | None,
+    config: str | None,
     num_steps: int,
     sampler: str | None,
     height: int | None,
@@ -32,8 +34,12 @@ def run(
         from latentrelay.export.bundle_folder import check_output
     check_output(output.absolute(), overwrite=overwrite)
     with counting("reading the source pipeline", None) as advance:
+        source = load_source(resolve(model), revision, name=model if model == REFERENCE else None, config=config)
+        reason = sampler_reason(type(source.pipeline.scheduler).__name__)
+        if sampler is None and reason is not None:
+            err.print(f"[yellow]sampler:[/] {reason}")
         result = export(
-            load_source(resolve(model), revision, name=model if model == REFERENCE else None),
+            source,
             profile,
             output,
             sampler=sampler,

@@ -65,6 +65,9 @@ def build(
     device: Annotated[str, typer.Option("--device", "-d", help="A device profile's name or file.")],
     model: Model = "reference",
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="For a .safetensors file: the folder or hub id that describes it.")
+    ] = None,
     num_steps: NumSteps = 25,
     sampler: Annotated[str | None, typer.Option(help="dpmsolver++ or ddim; the source's own if not given.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")] = None,
@@ -82,6 +85,7 @@ def build(
         device,
         output,
         revision=revision,
+        config=config,
         num_steps=num_steps,
         sampler=sampler,
         height=height,
@@ -99,6 +103,9 @@ def serve(
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="For a .safetensors file: the folder or hub id that describes it.")
+    ] = None,
     token: Annotated[
         str | None, typer.Option(envvar="LATENTRELAY_TOKEN", help="Ask clients for this bearer token.")
     ] = None,
@@ -116,6 +123,7 @@ def serve(
         host=host,
         port=port,
         revision=revision,
+        config=config,
         token=token,
         cert=cert,
         key=key,

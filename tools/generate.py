@@ -9,7 +9,7 @@ from typing import Any
 from latentrelay.runtime import Bundle, CloudClient, Session, StepEvent
 from latentrelay.runtime import generate as generate_picture
 from latentrelay.runtime.errors import RequestError
-from latentrelay.tools.console import counting, emit, printable, table
+from latentrelay.tools.console import counting, emit, err, printable, table
 
 WIRE_DTYPES = ("float16", "float32")
 
@@ -43,6 +43,10 @@ def run(
         Session(opened) as session,
         counting("generating", steps) as advance,
     ):
+        for words, text in (("prompt", prompt), ("negative prompt", negative_prompt)):
+            if session.tokenizer.is_cut(text):
+                limit = opened.manifest.tokenizer.max_length
+                err.print(f"[yellow]the {words} is cut:[/] the model reads {limit} tokens, start and end included")
 
         def stepped(event: StepEvent) -> None:
             advance(f"step {event.step + 1} of {event.num_steps}", 1)

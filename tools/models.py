@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from latentrelay.runtime.errors import RequestError
 from latentrelay.tools.console import extra
 
 REFERENCE = "reference"
@@ -10,7 +13,9 @@ REFERENCE = "reference"
 def resolve(model: str) -> str:
     """The path or hub id behind a name."""
     if model != REFERENCE:
-        return model
+        if model.startswith((".", "~")) and not Path(model).expanduser().exists():
+            raise RequestError("no such model", got=model, expected="'reference', a hub id, or a path that exists")
+        return str(Path(model).expanduser()) if model.startswith("~") else model
     with extra("compress", "the reference pipeline"):
         from latentrelay.reference.pipeline import reference_path
     return str(reference_path())

@@ -16,6 +16,7 @@ def run(
     host: str,
     port: int,
     revision: str | None,
+    config: str | None,
     token: str | None,
     cert: Path | None,
     key: Path | None,
@@ -28,7 +29,7 @@ def run(
         from latentrelay.cloud import Engine
         from latentrelay.cloud.serve import serve
     err.print(f"loading {printable(model)}")
-    engine = Engine.load(resolve(model), revision=revision, name=model)
+    engine = Engine.load(resolve(model), revision=revision, config=config, name=model)
 
     def ready(url: str, real_port: int) -> None:
         if as_json:

@@ -220,3 +220,10 @@ def test_the_picture_is_saved_whole_or_not_at_all(bundle_folder: Path, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "folder.png", "out.png"]
     with pytest.raises(FileNotFoundError):
         result.save_png(tmp_path / "nowhere/out.png")
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 0.999])
+def test_guidance_below_one_is_refused_not_reinterpreted(bundle_folder: Path, guidance: float) -> None:
+    """diffusers switches guidance off there; the step graph would interpolate to the unconditional branch."""
+    with pytest.raises(RequestError, match="guidance is out of range"):
+        generate(bundle_folder, PROMPT, guidance=guidance)

@@ -87,3 +87,11 @@ def test_weights_that_are_not_there_are_a_failure_in_words(
     done = command("build", "-d", "pixel-8", "-o", tmp_path / "b", "--json")
     assert (done.status, done.json["ok"]) == (1, False)
     assert "latentrelay.reference.train" in done.json["reason"]
+
+
+def test_a_relative_path_that_is_not_there_never_asks_a_hub(command: Run, tmp_path: Path) -> None:
+    for words in ("build", "serve"):
+        rest = ("-d", "pixel-8", "-o", tmp_path / "b") if words == "build" else ()
+        done = command(words, "-m", "./none-of-these", *rest, "--json")
+        assert done.status == 2
+        assert "no such model" in done.json["reason"]
