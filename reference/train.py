@@ -99,8 +99,8 @@ class Training:
         trained.save_pretrained(self.folder / "vae" / "vae")
         figures = {
             "scaling_factor": 1 / vae.latent_std(trained),
-            "psnr_db_128": vae.reconstruction_psnr(trained),
-            "psnr_db_64": vae.reconstruction_psnr(trained, size=64),
+            "psnr_db_128": vae.reconstruction_psnr(trained, "gate"),
+            "psnr_db_64": vae.reconstruction_psnr(trained, "gate", size=64),
         }
         (self.folder / "vae.json").write_text(json.dumps(figures, indent=2))
 

@@ -77,7 +77,7 @@ def run(output: Path, *, captions: int, num_steps: int, split: int, device: str 
             progress=lambda words: advance(words, 1),
         )
     build_s = time.perf_counter() - started
-    pairs = sample_captions("report", captions, _SEED)
+    pairs = sample_captions("gate", captions, _SEED)  # held out too; only `evaluate` reads report
     splits = {"cloud": num_steps, "hybrid": split, "device": 0}
     err.print(f"built {printable(built.bundle)} in {build_s:.0f} s; starting the server")
     bundle = Bundle.open(built.bundle)

@@ -141,6 +141,7 @@ def test_another_sampler_is_a_conflict(client: httpx.Client) -> None:
         ({"seed": "1"}, "seed"),
         ({"seed": True}, "seed"),
         ({"guidance": -1}, "guidance"),
+        ({"guidance": 0.999}, "guidance"),
         ({"guidance": 1e9}, "guidance"),
         ({"num_steps": 0}, "num_steps"),
         ({"num_steps": 10**6}, "num_steps"),

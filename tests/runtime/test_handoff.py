@@ -57,7 +57,9 @@ def test_it_is_a_safetensors_file(kit: SimpleNamespace) -> None:
 @pytest.mark.parametrize(("next_step", "memory"), [(0, False), (4, False), (4, True)])
 def test_splits_at_both_ends_are_legal(kit: SimpleNamespace, bundle_folder: Path, next_step: int, memory: bool) -> None:
     handoff = kit.make_handoff(next_step=next_step, memory=memory)
-    Handoff.from_bytes(handoff.to_bytes()).check(kit.make_manifest(bundle_folder))
+    again = Handoff.from_bytes(handoff.to_bytes())
+    again.check(kit.make_manifest(bundle_folder))
+    assert (again.meta.next_step, again.x0_prev is not None) == (next_step, memory)
 
 
 def test_a_newer_minor_versions_keys_survive(kit: SimpleNamespace) -> None:
