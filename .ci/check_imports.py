@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
     "device_profiles": set(),
     "runtime": set(),
-    "reference": set(),
+    "reference": {"compress"},
     "compress": {"device_profiles"},
     "export": {"compress", "device_profiles", "runtime"},
     "cloud": {"runtime"},
@@ -21,6 +21,7 @@ MAY_IMPORT = {
 }
 # Of a lower folder only these modules: formats, digests and errors, never what runs a model.
 ONLY = {
+    ("reference", "compress"): {"training"},
     ("export", "runtime"): {"digest", "errors", "manifest", "samplers", "noise", "handoff"},
     ("cloud", "runtime"): {"digest", "errors", "handoff", "handoff_request", "noise", "samplers", "strict_json"},
 }

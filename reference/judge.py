@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from latentrelay.compress.training import BatchRng, Losses, Recipe, device_of, fit
 from latentrelay.reference.captions import Caption
 from latentrelay.reference.scenes import (
     BACKGROUNDS,
@@ -27,7 +28,6 @@ from latentrelay.reference.scenes import (
     render,
     sample_scene,
 )
-from latentrelay.reference.training import BatchRng, Losses, Recipe, device_of, fit
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn

@@ -13,6 +13,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from latentrelay.compress.training import BatchRng, Losses, Recipe, device_of, fit
 from latentrelay.reference.captions import MAX_LENGTH, Caption, caption_scene
 from latentrelay.reference.scenes import (
     BACKGROUNDS,
@@ -25,7 +26,6 @@ from latentrelay.reference.scenes import (
     in_split,
     sample_scene,
 )
-from latentrelay.reference.training import BatchRng, Losses, Recipe, device_of, fit
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES, "texture": TEXTURES}

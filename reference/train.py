@@ -18,9 +18,9 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from latentrelay.compress.training import Recipe
 from latentrelay.reference import judge, pipeline, text_encoder, unet, vae
 from latentrelay.reference.captions import write_tokenizer
-from latentrelay.reference.training import Recipe
 from rich.console import Console
 from transformers import CLIPTextModel, CLIPTokenizer
 

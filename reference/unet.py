@@ -16,10 +16,10 @@ from typing import cast
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from latentrelay.compress.training import BatchRng, Losses, Recipe, device_of, fit
 from latentrelay.reference.captions import caption_scene
 from latentrelay.reference.scenes import render, sample_scenes
 from latentrelay.reference.text_encoder import tokenize
-from latentrelay.reference.training import BatchRng, Losses, Recipe, device_of, fit
 from latentrelay.reference.vae import to_tensor
 from numpy.typing import NDArray
 from transformers import CLIPTextModel, CLIPTokenizer

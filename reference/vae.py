@@ -13,8 +13,8 @@ from typing import cast
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from latentrelay.compress.training import BatchRng, Losses, Recipe, device_of, fit
 from latentrelay.reference.scenes import Floats, Scene, Split, in_split, render, sample_scene, sample_scenes
-from latentrelay.reference.training import BatchRng, Losses, Recipe, device_of, fit
 
 CONFIG = {
     "in_channels": 3,

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from latentrelay.compress.training import Recipe
 from latentrelay.reference import judge, pipeline, text_encoder, train, unet, vae
 from latentrelay.reference.captions import write_tokenizer
 from latentrelay.reference.curve import plot, rows_of
-from latentrelay.reference.training import Recipe
 from transformers import CLIPTokenizer
 
 RECIPE = Recipe(steps=2, batch=4, learning_rate=1e-4, warmup=1, checkpoint_every=2, log_every=1)

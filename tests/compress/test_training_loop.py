@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from latentrelay.reference.training import BatchRng, Losses, Recipe, fit
+from latentrelay.compress.training import BatchRng, Losses, Recipe, fit
 
 RECIPE = Recipe(
     steps=12, batch=4, learning_rate=1e-2, warmup=3, decay=0.5, ema_decay=0.9, checkpoint_every=5, log_every=4

@@ -1,4 +1,4 @@
-"""One training loop for every network of the reference pipeline: accelerate, EMA, resumable, seeded.
+"""One training loop for every network that is trained here: accelerate, EMA, resumable, seeded.
 
 In: a module, a `loss_of(module, batch_rng)` function and a `Recipe`. Out: the module with its EMA weights, and a
 folder with `log.jsonl` and one checkpoint. The random numbers of a step depend on (seed, step) alone, so a run that was
