@@ -1,6 +1,8 @@
 """Every error the compression side raises. A message says what, what was got, what was expected and what to do.
 
 CompressError
+|- UnitError                   a width, a head count or a block that a network does not have or cannot have
+|- TrainingError               a checkpoint, a data set or a recipe with which a training cannot begin or go on
 |- UnsupportedSchedulerError   the scheduler, or one named setting of it, has no linear two-step table
 |- PlanError                   a Plan on disk or in memory does not follow the schema
 """
@@ -14,6 +16,22 @@ class CompressError(Exception):
     """Root of the tree; `exit_status` is what the command returns: 1 failed, 2 misused, 3 refused."""
 
     exit_status: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, do: str | None = None) -> None:
+        parts = [what]
+        parts += [f"got {got}"] if got is not None else []
+        parts += [f"expected {expected}"] if expected is not None else []
+        super().__init__(", ".join(parts) + (f". {do}" if do else ""))
+
+
+class UnitError(CompressError):
+    """A width, a head count or a block that the network does not have or cannot have."""
+
+    exit_status = 3
+
+
+class TrainingError(CompressError):
+    """A training cannot begin or go on: a checkpoint that does not load, another recipe's folder, no data."""
 
 
 class UnsupportedSchedulerError(CompressError):
