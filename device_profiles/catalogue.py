@@ -1,6 +1,6 @@
 """The catalogue of device profiles: TOML files in this folder and, before them, in a folder of the user's own.
 
-In: a name, an alias or a path. Out: a validated `DeviceProfile`. A user's profile of the same name replaces the one
+In: a name, an alias or a path. Out: a validated `DeviceProfile`. A user's profile wins every name and alias over those
 shipped here. Errors name the file, the key, what was got and what was expected; unknown names list what exists.
 """
 
@@ -25,16 +25,18 @@ _MAX_BYTES = 1 << 20
 
 
 def list_profiles(folder: str | os.PathLike[str] | None = None) -> tuple[DeviceProfile, ...]:
-    """Every profile, by name: the shipped ones and those in `folder`, which win where names are equal.
+    """Every profile, by name: the shipped ones and those in `folder`.
 
-    Raises ProfileFileError for a folder that does not exist, a broken file, or two profiles that share an alias.
+    What a user's profile is called is the user's: a shipped profile of that name is left out, and an alias that the
+    user's profile has as a name or an alias is taken from the shipped one. Raises ProfileFileError for a folder that
+    does not exist, a broken file, or two profiles of one folder that share an alias; the message names both files.
     """
-    found: dict[str, tuple[DeviceProfile, Path]] = {}
-    for path in [*_files(_SHIPPED), *(_files(Path(folder)) if folder is not None else ())]:
-        profile = validate_file(path)
-        found[profile.name] = (profile, path)
-    _refuse_shared_names(found.values())
-    return tuple(found[name][0] for name in sorted(found))
+    own = _read_folder(Path(folder)) if folder is not None else []
+    taken = {name for profile, _ in own for name in _names(profile)}
+    shipped = [
+        _without(profile, taken) for profile, _ in _read_folder(_SHIPPED) if normalised(profile.name) not in taken
+    ]
+    return tuple(sorted([*shipped, *(profile for profile, _ in own)], key=lambda profile: profile.name))
 
 
 def load_profile(name_or_path: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None) -> DeviceProfile:
@@ -100,17 +102,33 @@ def _read(path: Path) -> dict[str, Any]:
         raise ProfileFileError(f"{path}: not TOML: {error}; correct the file there", path=path) from error
 
 
+def _read_folder(folder: Path) -> list[tuple[DeviceProfile, Path]]:
+    entries = [(validate_file(path), path) for path in _files(folder)]
+    _refuse_shared_names(entries)
+    return entries
+
+
 def _refuse_shared_names(entries: Iterable[tuple[DeviceProfile, Path]]) -> None:
     owner: dict[str, Path] = {}
     for profile, path in entries:
-        for name in {normalised(profile.name), *map(normalised, profile.aliases)}:
+        for name in _names(profile):
             if name in owner:
                 raise ProfileFileError(
-                    f"{path}: key 'aliases': {name!r} is already a name or alias in {owner[name]}, expected each once",
+                    f"{path}: key 'aliases': {name!r} is already a name or alias in {owner[name]}, expected each once; "
+                    "take it out of one of them",
                     path=path,
                     key="aliases",
                 )
             owner[name] = path
+
+
+def _names(profile: DeviceProfile) -> set[str]:
+    return {normalised(each) for each in (profile.name, *profile.aliases)}
+
+
+def _without(profile: DeviceProfile, taken: set[str]) -> DeviceProfile:
+    kept = tuple(alias for alias in profile.aliases if normalised(alias) not in taken)
+    return profile if kept == profile.aliases else profile.model_copy(update={"aliases": kept})
 
 
 def _unknown(name: str, profiles: tuple[DeviceProfile, ...]) -> UnknownProfileError:

@@ -19,7 +19,12 @@ from latentrelay.device_profiles import (
 from pydantic import ValidationError
 
 FOLDER = Path(device_profiles.__file__).parent
-NAMES = ["galaxy-s24", "generic-android", "iphone-15-pro", "pixel-8", "raspberry-pi-5", "x86-laptop-vnni"]
+NAMES = [
+    *("galaxy-s23", "galaxy-s24", "galaxy-s25", "generic-android", "generic-ios", "ipad-m2", "iphone-12"),
+    *("iphone-13-pro", "iphone-15-pro", "iphone-16", "jetson-orin-nano", "mac-m1", "pixel-8", "raspberry-pi-5"),
+    *("snapdragon-7", "x86-laptop-vnni"),
+]
+BYTES_A_WEIGHT = {"fp16": 2, "w8a16": 1, "w8a8": 1}
 
 
 def written(folder: Path, name: str, *changes: tuple[str, str], base: str = "raspberry-pi-5") -> Path:
@@ -35,7 +40,7 @@ def written(folder: Path, name: str, *changes: tuple[str, str], base: str = "ras
 
 
 def test_the_shipped_profiles_exist() -> None:
-    assert set(NAMES) <= {profile.name for profile in list_profiles()}
+    assert [profile.name for profile in list_profiles()] == NAMES
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
@@ -50,10 +55,50 @@ def test_every_shipped_profile_is_sound(path: Path) -> None:
     assert any(source.url for source in profile.sources)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_derivations_are_right(name: str) -> None:
+    """859.5M x (ms a call may take) / (ms the full U-Net takes) = the target, from the profile's own first anchor."""
+    profile = load_profile(name)
+    target, memory = profile.target_unet_parameters, profile.memory
+    found = re.search(r"859\.5M x ([\d.]+) / ([\d.]+) = (\d+)M", target.derivation)
+    assert found is not None
+    budget, full, result = map(float, found.groups())
+    assert round(859.5 * budget / full) == pytest.approx(result, abs=1)
+    assert target.parameters == pytest.approx(result * 1e6, rel=0.01)
+    assert full in {anchor.ms / unit for anchor in profile.latency for unit in (1, 2, 1000, 2000)}
+    calls = 2 * (profile.defaults.num_steps - profile.defaults.split)
+    assert (
+        f"= {calls} calls" in target.derivation or f"for {calls // 2} device steps of 2 branches" in target.derivation
+    )
+    weights_mib = target.parameters * BYTES_A_WEIGHT[profile.target_precision] / 2**20
+    assert weights_mib < min(0.5 * memory.application_ceiling_mib, memory.largest_file_mib)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_calls_fit_the_seconds_that_are_left(name: str) -> None:
+    text = load_profile(name).target_unet_parameters.derivation
+    found = re.search(r"= (\d+) calls, ([\d.]+) (s|ms) each", text)
+    assert found is not None
+    seconds = int(found[1]) * float(found[2]) * (1 if found[3] == "s" else 1e-3)
+    stated = re.search(r"leaves ([\d.]+) s for", text) or re.search(r"(?:^|Under )([\d.]+) s ", text)
+    assert stated is not None
+    assert seconds <= float(stated[1]) * 1.005
+    assert seconds >= float(stated[1]) * 0.85
+
+
+def test_apples_steps_are_two_branches() -> None:
+    """Published as guided steps a second: the profile's figure is half a step, rounded to a millisecond."""
+    for name, steps_a_second in (("iphone-12", 1.44), ("iphone-13-pro", 2.55), ("ipad-m2", 3.07), ("mac-m1", 2.19)):
+        assert load_profile(name).latency_ms("unet") == round(1000 / steps_a_second / 2)
+
+
 def test_published_figures() -> None:
     s24 = load_profile("galaxy-s24")
     assert (s24.latency_ms("unet"), s24.latency_ms("vae_decoder")) == (79.1, 203.2)
     assert {anchor.label for anchor in s24.latency} == {"published"}
+    s25, seven = load_profile("galaxy-s25"), load_profile("snapdragon-7")
+    assert (s25.latency_ms("unet"), s25.latency_ms("vae_decoder")) == (60.2, 180.0)
+    assert (seven.latency_ms("unet"), seven.latency_ms("vae_decoder")) == (183.9, 512.1)
     assert load_profile("iphone-15-pro").npu.tops == 35.0
     assert s24.backend.execution_providers[0].name == "QNNExecutionProvider"
 
@@ -83,11 +128,11 @@ def test_profiles_are_frozen() -> None:
 
 def test_unknown_name_lists_what_exists_and_the_nearest() -> None:
     with pytest.raises(UnknownProfileError) as caught:
-        load_profile("galaxy-s25")
+        load_profile("galaxy-s26")
     assert caught.value.exit_status == 2
-    assert caught.value.nearest == "galaxy-s24"
-    assert "'galaxy-s25'" in str(caught.value)
-    assert "Did you mean 'galaxy-s24'?" in str(caught.value)
+    assert caught.value.nearest in {"galaxy-s23", "galaxy-s24", "galaxy-s25"}
+    assert "'galaxy-s26'" in str(caught.value)
+    assert f"Did you mean '{caught.value.nearest}'?" in str(caught.value)
     assert all(name in str(caught.value) for name in NAMES)
 
 
@@ -109,10 +154,33 @@ def test_user_folder_adds_and_replaces(tmp_path: Path) -> None:
     assert load_profile(tmp_path / "my-board.toml") == load_profile("my-board", tmp_path)
 
 
-def test_two_profiles_may_not_share_an_alias(tmp_path: Path) -> None:
+def test_a_users_profile_wins_an_alias(tmp_path: Path) -> None:
     written(tmp_path, "my-board", (r"^aliases = .*", 'aliases = ["RPI5"]'))
-    with pytest.raises(ProfileFileError, match="'rpi5' is already a name or alias"):
+    assert load_profile("rpi5", tmp_path).name == "my-board"
+    assert load_profile("pi5", tmp_path).name == "raspberry-pi-5"
+    assert load_profile("rpi5").name == "raspberry-pi-5"
+    listed = {profile.name: profile for profile in list_profiles(tmp_path)}
+    assert "rpi5" not in listed["raspberry-pi-5"].aliases
+    assert [name for name, profile in listed.items() if profile.answers_to("rpi5")] == ["my-board"]
+
+
+def test_a_users_name_wins_a_shipped_alias_and_a_users_alias_a_shipped_name(tmp_path: Path) -> None:
+    written(tmp_path, "pi5", (r'^title = ".*"', 'title = "My own Pi"'))
+    assert load_profile("pi5", tmp_path).title == "My own Pi"
+    assert load_profile("raspberry-pi-5", tmp_path).title == "Raspberry Pi 5 (8 GB)"
+    written(tmp_path, "my-phone", (r"^aliases = .*", 'aliases = ["pixel 8"]'))
+    assert load_profile("pixel-8", tmp_path).name == "my-phone"
+    assert "pixel-8" not in {profile.name for profile in list_profiles(tmp_path)}
+
+
+def test_two_profiles_of_one_folder_may_not_share_an_alias(tmp_path: Path) -> None:
+    one = written(tmp_path, "board-one", (r"^aliases = .*", 'aliases = ["my board"]'))
+    two = written(tmp_path, "board-two", (r"^aliases = .*", 'aliases = ["My_Board"]'))
+    with pytest.raises(ProfileFileError, match="'my-board' is already a name or alias") as caught:
         list_profiles(tmp_path)
+    assert str(one) in str(caught.value)
+    assert str(two) in str(caught.value)
+    assert load_profile(one).name == "board-one"
 
 
 CASES = [

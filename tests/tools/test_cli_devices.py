@@ -12,7 +12,16 @@ import pytest
 
 Run = Callable[..., Any]
 SHIPPED = Path(latentrelay.device_profiles.__file__).parent
-FIRST = {"galaxy-s24", "generic-android", "iphone-15-pro", "pixel-8", "raspberry-pi-5", "x86-laptop-vnni"}
+FIRST = {
+    "galaxy-s24",
+    "generic-android",
+    "iphone-15-pro",
+    "pixel-8",
+    "raspberry-pi-5",
+    "x86-laptop-vnni",
+    "mac-m1",
+    "ipad-m2",
+}
 
 
 @pytest.fixture
