@@ -11,14 +11,16 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from latentrelay.compress.errors import TrainingError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Losses = dict[str, torch.Tensor]
@@ -81,15 +83,19 @@ def fit(
     folder: Path,
     *,
     parameters: Iterable[torch.nn.Parameter] | None = None,
-    on_checkpoint: Callable[[int, torch.nn.Module], None] | None = None,
+    on_checkpoint: Callable[[int, torch.nn.Module], bool | None] | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> torch.nn.Module:
     """Train `module` (modified in place) and return it holding its EMA weights.
 
     `loss_of` returns named scalar tensors, the one called `loss` is minimised. `on_checkpoint(step, module)` is called
-    with the EMA weights in place after each checkpoint, so that a caller can export what exists so far. Resumes from
-    `folder/checkpoint` when it is there.
+    with the EMA weights in place after each checkpoint, so that a caller can export and score what exists so far; True
+    ends the training there. Resumes from `folder/checkpoint` when it is there. `identity` (JSON values) says what is
+    trained from what; a folder begun with another identity or recipe is refused, where none is given only resumed.
+    Raises TrainingError for that and for a checkpoint that does not load.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _check_identity(folder, recipe, identity)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     trained = [p for p in (parameters or module.parameters()) if p.requires_grad]
     optimiser = torch.optim.AdamW(
@@ -99,24 +105,31 @@ def fit(
     ema = EMAModel(trained, decay=recipe.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
-    first = _resume(accelerator, folder)
+    first, ended = _resume(accelerator, folder)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
+    log_path = folder / "log.jsonl"
+    keep_rows(log_path, first)
 
-    def checkpoint(step: int) -> None:
+    def checkpoint(step: int) -> bool:
         _save(accelerator, folder, step)
-        if on_checkpoint is not None:
-            ema.store(trained)
-            ema.copy_to(trained)
-            on_checkpoint(step, accelerator.unwrap_model(module))
-            ema.restore(trained)
+        if on_checkpoint is None:
+            return False
+        ema.store(trained)
+        ema.copy_to(trained)
+        stop = on_checkpoint(step, accelerator.unwrap_model(module)) is True
+        ema.restore(trained)
+        module.train()
+        if stop:
+            (folder / "checkpoint" / "step.json").write_text(json.dumps({"step": step, "ended": True}))
+        return stop
 
     module.train()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress, (folder / "log.jsonl").open("a") as log:
+    with Progress(*columns) as progress, log_path.open("a") as log:
         bar = progress.add_task("training", total=recipe.steps, completed=first)
         sums: dict[str, float] = {}
         counted, since = 0, time.perf_counter()
-        for step in range(first, recipe.steps):
+        for step in range(first, first if ended else recipe.steps):
             for group in optimiser.param_groups:
                 group["lr"] = recipe.learning_rate_at(step)
             with accelerator.autocast():
@@ -142,8 +155,9 @@ def fit(
                 log.flush()
                 progress.update(bar, completed=step + 1, description=f"loss {means['loss']:.4f}")
                 sums, counted, since = {}, 0, time.perf_counter()
-            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
-                checkpoint(step + 1)
+            due = (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps
+            if due and checkpoint(step + 1):
+                break
     ema.copy_to(trained)
     module = accelerator.unwrap_model(module)
     module.eval()
@@ -163,10 +177,47 @@ def _save(accelerator: Accelerator, folder: Path, step: int) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _resume(accelerator: Accelerator, folder: Path) -> int:
+def _resume(accelerator: Accelerator, folder: Path) -> tuple[int, bool]:
+    """The step to go on from, and whether an early stop has ended the training already."""
     for name in ("checkpoint", "checkpoint.old"):
         path = folder / name
-        if (path / "step.json").exists():
+        if not (path / "step.json").exists():
+            continue
+        try:
+            found = json.loads((path / "step.json").read_text())
             accelerator.load_state(str(path))
-            return int(json.loads((path / "step.json").read_text())["step"])
-    return 0
+            return int(found["step"]), bool(found.get("ended", False))
+        except Exception as error:  # torch, safetensors, pickle and json each raise their own here
+            raise TrainingError(
+                f"the checkpoint in {path} does not load ({type(error).__name__}: {str(error).splitlines()[0][:200]})",
+                do=f"Remove {path} to begin again, or train into another folder.",
+            ) from error
+    return 0, False
+
+
+def _check_identity(folder: Path, recipe: Recipe, identity: Mapping[str, Any] | None) -> None:
+    if identity is None:
+        return
+    path = folder / "identity.json"
+    wanted = json.loads(json.dumps({**identity, "recipe": asdict(recipe)}))
+    if path.exists():
+        found = json.loads(path.read_text())
+        differing = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        if differing:
+            raise TrainingError(
+                f"{folder} holds another training: {', '.join(differing)} differ",
+                got={key: wanted.get(key) for key in differing},
+                expected={key: found.get(key) for key in differing},
+                do="Train into another folder, or ask for what this one began with.",
+            )
+    path.write_text(json.dumps(wanted, indent=2, sort_keys=True))
+
+
+def keep_rows(log: Path, last: int) -> None:
+    """Drop a log's rows beyond step `last`: a run that was killed writes them again."""
+    if not log.exists():
+        return
+    rows = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= last]
+    beside = log.with_suffix(".tmp")
+    beside.write_text("".join(f"{row}\n" for row in rows))
+    beside.replace(log)
