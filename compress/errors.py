@@ -3,6 +3,7 @@
 CompressError
 |- UnitError                   a width, a head count or a block that a network does not have or cannot have
 |- TrainingError               a checkpoint, a data set or a recipe with which a training cannot begin or go on
+|- AdapterError                a LoRA file cannot be read, or does not fit the pipeline it is to be merged into
 |- UnsupportedSchedulerError   the scheduler, or one named setting of it, has no linear two-step table
 |- PlanError                   a Plan on disk or in memory does not follow the schema
 """
@@ -51,3 +52,18 @@ class PlanError(CompressError):
     """plan.json or plan.safetensors is missing, malformed, of another version, or contradicts itself."""
 
     exit_status = 3
+
+
+class AdapterError(CompressError):
+    """A file of adapters cannot be merged; `.file` names it."""
+
+    exit_status = 3
+
+    def __init__(self, file: str, what: str, *, got: object = None, expected: object = None) -> None:
+        super().__init__(
+            f"the adapters in {file} cannot be merged: {what}",
+            got=got,
+            expected=expected,
+            do="Give a LoRA of this model in diffusers' or kohya's layout, as .safetensors.",
+        )
+        self.file = file
