@@ -195,9 +195,33 @@ def evaluate(
         str, typer.Option(help="Which data split the captions come from: report, or gate while tuning.")
     ] = "report",
     sheet: Annotated[Path | None, typer.Option(help="Also write a sheet of the first pictures here (PNG).")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Hybrid runs: every split with every student.")] = False,
+    student: Annotated[
+        list[str] | None, typer.Option(help="For --sweep: a released name or a folder; repeat for more; else all.")
+    ] = None,
+    splits: Annotated[str | None, typer.Option(help="For --sweep: first steps on the device, as in '8,25'.")] = None,
+    decoder: Annotated[str | None, typer.Option(help="For --sweep: the device's decoder, light or source.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="For --sweep: the folder.")] = Path("runs/sweep"),
     as_json: Json = False,
 ) -> None:
-    """Score a model's pictures of held-out Scenes captions with the judge."""
+    """Score a model's pictures of held-out Scenes captions with the judge; with --sweep, of its hybrid runs."""
+    if sweep:
+        from latentrelay.tools import sweep as sweeping
+
+        sweeping.run(
+            model,
+            captions,
+            seed,
+            students=student or (),
+            splits=splits,
+            decoder=decoder,
+            output=output,
+            num_steps=num_steps,
+            guidance=guidance,
+            data_split=split,
+            as_json=as_json,
+        )
+        return
     from latentrelay.tools import evaluate
 
     evaluate.run(
