@@ -21,7 +21,7 @@ MAY_IMPORT = {
 }
 # Of a lower folder only these modules: formats, digests and errors, never what runs a model.
 ONLY = {
-    ("reference", "compress"): {"training"},
+    ("reference", "compress"): {"training", "light_vae", "distill_vae"},
     ("export", "runtime"): {"digest", "errors", "manifest", "samplers", "noise", "handoff"},
     ("cloud", "runtime"): {"digest", "errors", "handoff", "handoff_request", "noise", "samplers", "strict_json"},
 }
