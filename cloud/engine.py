@@ -2,7 +2,9 @@
 
 In: a `RunRequest`. Out: a runtime `Handoff` with `latents` (1, C, h, w) and, for DPM-Solver++(2M) where the device goes
 on, `x0_prev`. float32 on the CPU by default; noise is always drawn on the CPU, so a seed is the same everywhere. The
-loop is diffusers' own arithmetic, prompt encoding included, without its logging of prompts. One run at a time.
+loop is diffusers' own arithmetic, prompt encoding included, without its logging of prompts. One run at a time. A
+pipeline distilled to latent consistency (its scheduler is LCM's) runs "lcm" alone: one branch, guidance 1, and fresh
+noise at every step but the last, drawn on from the initial noise's generator.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from latentrelay.cloud.requests import RunRequest, check_limits, invalid_field
 from latentrelay.runtime.digest import canonical_json
 from latentrelay.runtime.errors import NonFiniteError
 from latentrelay.runtime.handoff import SCHEMA_VERSION, Handoff, HandoffMeta, prompt_digest
-from latentrelay.runtime.samplers import SAMPLERS, sampler_for, scheduler_digest
+from latentrelay.runtime.samplers import SAMPLERS, SamplerRule, is_few_step, sampler_for, scheduler_digest
 
 OnStep = Callable[[int, int], None]
 
@@ -41,7 +43,9 @@ class Engine:
         self.default_sampler = sampler_for(type(pipeline.scheduler).__name__)
         self._pipeline = pipeline
         self._lock = threading.Lock()
-        self._digests = {each: _digest(self._scheduler(each)) for each in SAMPLERS}
+        few_step = is_few_step(type(pipeline.scheduler).__name__)
+        self._samplers = {name: rule for name, rule in SAMPLERS.items() if (name == "lcm") == few_step}
+        self._digests = {each: _digest(self._scheduler(each)) for each in self._samplers}
         vae = pipeline.vae.config
         self.downscale = 2 ** (len(vae.block_out_channels) - 1)
         self.scaling_factor = float(vae.scaling_factor)
@@ -59,9 +63,10 @@ class Engine:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         limits: Limits | None = None,
+        adapt: Callable[[Any], object] | None = None,
     ) -> Engine:
         """Load a hub id, folder or .safetensors file (see loading.py). Raises ModelLoadError, ModelRefusedError."""
-        pipeline = load_pipeline(model, revision=revision, config=config, device=device, dtype=dtype)
+        pipeline = load_pipeline(model, revision=revision, config=config, device=device, dtype=dtype, adapt=adapt)
         return cls(pipeline, name=name or model, limits=limits)
 
     def capabilities(self) -> dict[str, Any]:
@@ -73,8 +78,9 @@ class Engine:
                 "scheduler_class": rule.scheduler_class,
                 "scheduler_digest": self._digests[name],
                 "needs_x0_prev": rule.needs_x0_prev,
+                "branches": rule.branches,
             }
-            for name, rule in SAMPLERS.items()
+            for name, rule in self._samplers.items()
         }
         return {
             "wire_versions": [SCHEMA_VERSION],
@@ -105,13 +111,14 @@ class Engine:
         """The sampler the request will get. Raises ProblemError: 409 naming what differs, 422 for what cannot be."""
         check_limits(request, self.limits)
         sampler = request.sampler or self.default_sampler
-        if sampler not in SAMPLERS:
-            raise _mismatch("sampler", sampler, ", ".join(SAMPLERS))
-        served = {"model_digest": self.digest, "scheduler_digest": self._digests[sampler]}
-        for field, expected in served.items():
-            got = getattr(request, field)
-            if got is not None and got != expected:
-                raise _mismatch(field, got, expected)
+        if request.model_digest not in (None, self.digest):
+            raise _mismatch("model_digest", request.model_digest, self.digest)
+        if sampler not in self._samplers:
+            raise _mismatch("sampler", sampler, ", ".join(self._samplers))
+        if request.scheduler_digest not in (None, self._digests[sampler]):
+            raise _mismatch("scheduler_digest", request.scheduler_digest, self._digests[sampler])
+        if self._samplers[sampler].branches == 1:
+            _check_one_branch(request)
         for field in ("height", "width"):
             value = getattr(request, field)
             if value % self.downscale:
@@ -130,13 +137,18 @@ class Engine:
         sampler = self.check(request)
         with self._lock, torch.inference_mode():
             scheduler = self._scheduler(sampler)
-            scheduler.set_timesteps(request.num_steps)
+            try:
+                scheduler.set_timesteps(request.num_steps)
+            except ValueError as error:  # LCM has no more steps than its training schedule had
+                detail = f"The model's schedule has no {request.num_steps} steps: {error}"
+                raise invalid_field("num_steps", detail, request.num_steps, "fewer steps") from error
             if len(scheduler.timesteps) != request.num_steps:
                 count = len(scheduler.timesteps)
                 detail = f"The model's schedule has {count} steps for num_steps = {request.num_steps}."
                 raise invalid_field("num_steps", detail, request.num_steps, "another number of steps")
-            latents, x0_prev = self._steps(request, scheduler, cancellation or Cancellation(), on_step)
-        keeps_x0 = SAMPLERS[sampler].needs_x0_prev and 0 < request.split < request.num_steps
+            rule = self._samplers[sampler]
+            latents, x0_prev = self._steps(request, scheduler, rule, cancellation or Cancellation(), on_step)
+        keeps_x0 = rule.needs_x0_prev and 0 < request.split < request.num_steps
         return Handoff(
             latents=_wire(latents, request.dtype),
             x0_prev=_wire(x0_prev, request.dtype) if keeps_x0 and x0_prev is not None else None,
@@ -144,7 +156,12 @@ class Engine:
         )
 
     def _steps(
-        self, request: RunRequest, scheduler: Any, cancellation: Cancellation, on_step: OnStep | None
+        self,
+        request: RunRequest,
+        scheduler: Any,
+        rule: SamplerRule,
+        cancellation: Cancellation,
+        on_step: OnStep | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Latents (1, C, h, w) in float32 after `split` steps, and the last x0 of a multistep solver."""
         unet = self._pipeline.unet
@@ -154,13 +171,20 @@ class Engine:
         if request.split == 0:
             return latents, None
         cancellation.check(0)
-        prompt_embeds = torch.cat([self._encode(request.negative_prompt), self._encode(request.prompt)])
+        texts = (request.negative_prompt, request.prompt)[-rule.branches :]
+        prompt_embeds = torch.cat([self._encode(text) for text in texts])
         for step, timestep in enumerate(scheduler.timesteps[: request.split]):
             cancellation.check(step)
-            both = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
-            uncond, cond = unet(both, timestep, encoder_hidden_states=prompt_embeds, return_dict=False)[0].chunk(2)
-            noise_pred = uncond + request.guidance * (cond - uncond)
-            latents = scheduler.step(noise_pred, timestep, latents, return_dict=False)[0]
+            sample = scheduler.scale_model_input(torch.cat([latents] * rule.branches), timestep)
+            noise_pred = unet(sample, timestep, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+            if rule.branches == 2:
+                uncond, cond = noise_pred.chunk(2)
+                noise_pred = uncond + request.guidance * (cond - uncond)
+            if rule.needs_noise:  # in float32, so that half precision draws the same noise
+                arguments = (noise_pred.float(), timestep, latents.float(), generator)
+                latents = scheduler.step(*arguments, return_dict=False)[0].to(unet.dtype)
+            else:
+                latents = scheduler.step(noise_pred, timestep, latents, return_dict=False)[0]
             bad = int(latents.numel() - torch.isfinite(latents).sum())
             if bad:
                 raise NonFiniteError("the cloud's U-Net", step=step, count=bad)
@@ -221,6 +245,15 @@ def _wire(tensor: torch.Tensor, dtype: str) -> Any:
 
 def _digest(scheduler: Any) -> str:
     return scheduler_digest(type(scheduler).__name__, scheduler.config)
+
+
+def _check_one_branch(request: RunRequest) -> None:
+    """422 for what a network with its guidance built in cannot follow."""
+    if request.guidance != 1.0:
+        detail = "This model's guidance is in its network and cannot be changed; send 1."
+        raise invalid_field("guidance", detail, request.guidance, "1")
+    if request.negative_prompt:
+        raise invalid_field("negative_prompt", "This model has no branch for a negative prompt.", "str", "an empty one")
 
 
 def _mismatch(field: str, got: object, expected: object) -> ProblemError:

@@ -7,7 +7,7 @@ refused by name. No safety checker, no watermark, no progress bar: this service 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,26 @@ def load_pipeline(
     config: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    adapt: Callable[[Any], object] | None = None,
 ) -> Any:
     """The pipeline in evaluation mode on `device`. `config` is the folder or hub id that describes a single file.
 
-    The environment variables HF_HOME and HF_TOKEN are honoured by the hub client. Raises ModelRefusedError for a
+    `adapt` changes the pipeline's weights in place before anything else sees them, in float32 on the CPU: it is how
+    adapters are merged, which is the caller's business. The environment variables HF_HOME and HF_TOKEN are honoured by the hub client. Raises ModelRefusedError for a
     pipeline of another kind or one without safetensors, ModelLoadError for one that cannot be found or read.
     """
     path = Path(model)
+    read = torch.float32 if adapt is not None else dtype
     if path.is_file():
-        pipeline = _load_file(path, config, dtype)
+        pipeline = _load_file(path, config, read)
     else:
         _check_class(path, revision)
-        pipeline = _load_folder(model, revision, dtype)
+        pipeline = _load_folder(model, revision, read)
     check_supported(pipeline)
+    if adapt is not None:
+        adapt(pipeline)
+        for name in _COMPONENTS:
+            torch.nn.Module.to(getattr(pipeline, name), dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     pipeline = pipeline.to(device)
     for name in _COMPONENTS:

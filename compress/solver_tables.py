@@ -1,10 +1,11 @@
 """Solver tables: one row (a, b, c, n, p, q, s) per step, read off diffusers' own `scheduler.step` by unit inputs.
 
 With the network fed `s x`, its output `e` (after guidance) and the solver's memory `x0_prev`, one step of any supported
-sampler is `x' = a x + b e + c x0_prev + n noise` with `x0 = p x + q e`; `x0` becomes the next step's memory. Rows are
+sampler is `x' = a x + b e + c x0_prev + n noise` with `x0 = p x + q e`; `x0` becomes the next step's memory. Only
+LCM's n is not 0; its x0 includes the boundary scalings c_skip and c_out (arXiv 2310.04378, section 4.1). Rows are
 float64 as far as diffusers allows: its sigmas and alphas are float32 tables, and what follows from them is computed in
 double here (`step` itself casts the sample to float32, which is exact for unit inputs). Not a solver of its own: what
-diffusers does is the definition, and a step that is not linear or not deterministic is refused by name.
+diffusers does is the definition, and a step that is not linear in these is refused by name.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ _EXPECTED: dict[str, dict[str, tuple[object, ...]]] = {
         "prediction_type": ("epsilon", "v_prediction"),
     },
     "EulerDiscreteScheduler": {"prediction_type": ("epsilon", "v_prediction")},
+    "LCMScheduler": {
+        "clip_sample": (False,),
+        "thresholding": (False,),
+        "prediction_type": ("epsilon", "v_prediction"),
+    },
 }
 
 
@@ -69,18 +75,26 @@ class SolverTable:
         """Whether any step reads the memory."""
         return any(row.c != 0.0 for row in self.rows)
 
+    @property
+    def needs_noise(self) -> bool:
+        """Whether any step adds noise of its own."""
+        return any(row.n != 0.0 for row in self.rows)
+
 
 def solver_table(scheduler: Any, num_steps: int) -> SolverTable:
     """Read the table of `num_steps` steps off a diffusers scheduler, which is left as it was.
 
-    Supported: DPMSolverMultistepScheduler (dpmsolver++, order 1 or 2), DDIMScheduler (eta 0), EulerDiscreteScheduler;
-    epsilon and v prediction. Raises UnsupportedSchedulerError naming the class or the setting otherwise.
+    Supported: DPMSolverMultistepScheduler (dpmsolver++, order 1 or 2), DDIMScheduler (eta 0), EulerDiscreteScheduler,
+    LCMScheduler; epsilon and v prediction. Raises UnsupportedSchedulerError naming the class or the setting otherwise.
     """
     check_supported(scheduler)
     if num_steps < 1:
         raise UnsupportedSchedulerError("num_steps", got=num_steps, expected="at least 1")
     probe = copy.deepcopy(scheduler)
-    probe.set_timesteps(num_steps)
+    try:
+        probe.set_timesteps(num_steps)
+    except ValueError as error:  # LCM has no more steps than its training schedule had
+        raise UnsupportedSchedulerError("num_steps", got=num_steps, expected=str(error)) from error
     _use_double(probe)
     rows = tuple(_read_row(probe, step, timestep) for step, timestep in enumerate(probe.timesteps))
     timesteps = tuple(_plain_number(timestep) for timestep in probe.timesteps)
@@ -111,14 +125,25 @@ def _read_row(probe: Any, step: int, timestep: torch.Tensor) -> SolverRow:
     if multistep and step > 0:
         probe.model_outputs[-1] = memory  # what the step before left there, as a unit input
     scale = float(probe.scale_model_input(torch.ones(1, dtype=torch.float64), timestep)[0])
-    result = probe.step(e, timestep, x)
-    x0 = probe.model_outputs[-1] if multistep else result.pred_original_sample
-    a, b, c, rest = (float(value) for value in result.prev_sample[:4])
-    row = SolverRow(a=a, b=b, c=c, n=0.0, p=float(x0[0]), q=float(x0[1]), s=scale)
+    result, noise = _stepped(probe, e, timestep, x)
+    x0 = probe.model_outputs[-1] if multistep else getattr(result, "denoised", result.get("pred_original_sample"))
+    n = float(result.prev_sample[3] / noise[3]) if noise is not None else 0.0
+    without = result.prev_sample if noise is None else result.prev_sample - n * noise
+    a, b, c, rest = (float(value) for value in without[:4])
+    c = c if multistep else 0.0  # exactly, also where a noise was subtracted
+    row = SolverRow(a=a, b=b, c=c, n=n, p=float(x0[0]), q=float(x0[1]), s=scale)
     mixture = a * _X[4] + b * _E[4] + c * _MEMORY[4]
-    if rest != 0.0 or abs(float(result.prev_sample[4]) - mixture) > 1e-5 * max(1.0, *map(abs, astuple(row))):
+    if abs(rest) > 1e-12 or abs(float(without[4]) - mixture) > 1e-5 * max(1.0, *map(abs, astuple(row))):
         raise UnsupportedSchedulerError(f"step {step}", got="noise or clipping", expected="a linear step")
     return row
+
+
+def _stepped(probe: Any, e: torch.Tensor, timestep: torch.Tensor, x: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
+    """One step of diffusers, and the noise (5,) that it drew where the sampler draws any (LCM, all steps but the last)."""
+    if type(probe).__name__ != "LCMScheduler":
+        return probe.step(e, timestep, x), None
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    return probe.step(e, timestep, x, generator=torch.Generator().manual_seed(0)), noise
 
 
 def _plain_number(timestep: torch.Tensor) -> int | float:

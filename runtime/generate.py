@@ -23,7 +23,7 @@ from latentrelay.runtime.errors import CloudUnavailableError, RequestError, RunC
 from latentrelay.runtime.handoff import Handoff
 from latentrelay.runtime.handoff_request import HandoffRequest
 from latentrelay.runtime.picture import save_png, to_image
-from latentrelay.runtime.session import Session, StepEvent
+from latentrelay.runtime.session import Session, StepEvent, check_guidance
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -167,6 +167,8 @@ class _Run:
             raise RequestError(
                 "guidance is out of range", got=self.guidance, expected="a finite number >= 1", do="1 is no guidance."
             )
+        if self.guidance is not None:
+            check_guidance(self.session.manifest, self.guidance)
         if handoff is not None:
             if cloud is not None:
                 raise RequestError("both a cloud and a handoff were given", do="Give one of them.")
@@ -197,7 +199,9 @@ class _Run:
         if not keep:
             self.session.release("text_encoder")
         self._open("step_full")
-        for event in self.session.run_steps(latents, start.x0_prev, start.step, prompt_embeds, start.guidance):
+        for event in self.session.run_steps(
+            latents, start.x0_prev, start.step, prompt_embeds, start.guidance, start.seed
+        ):
             latents = event.latents
             self.clock.ms["steps"] += event.ms
             if event.step == start.step:

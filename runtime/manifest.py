@@ -19,7 +19,7 @@ from latentrelay.runtime.samplers import SAMPLERS
 from latentrelay.runtime.strict_json import check_schema_version, parse_record, read_json, record_to_json
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"  # 1.1: one guidance branch, the `noise` input, `decoder`; 1.0 still loads
 MAX_MANIFEST_BYTES = 4 * 2**20
 REQUIRED_COMPONENTS = ("text_encoder", "step_full", "vae_decoder")
 DTYPES = ("float32", "float16", "int64", "int32")
@@ -49,6 +49,17 @@ class LatentSpec:
 
 
 @dataclass(frozen=True)
+class DecoderSpec:
+    """A decoder in the place of the source's own: its class, its weights' digest ("sha256:<hex>"), and the scaling and
+    shift of the latents that *it* takes. `LatentSpec` stays the source's: that is what travels between machines."""
+
+    class_name: str
+    digest: str
+    scaling_factor: float
+    shift_factor: float
+
+
+@dataclass(frozen=True)
 class ImageSpec:
     """Picture size in pixels."""
 
@@ -71,7 +82,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: the default scale and the number of branches (2: unconditional, conditional)."""
+    """Classifier-free guidance: the default scale and the number of branches (2: unconditional, conditional).
+
+    With one branch the step graph takes the conditional states alone: guidance is in the network and the scale is 1.
+    """
 
     default: float
     branches: int = 2
@@ -155,9 +169,16 @@ class Manifest:
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
     selftest: SelftestSpec | None = None
+    decoder: DecoderSpec | None = None
     additional_metadata: Mapping[str, Any] = field(default_factory=dict)
     schema_version: str = SCHEMA_VERSION
     digest: str = ""
+
+    @property
+    def decoder_scaling(self) -> tuple[float, float]:
+        """Scaling and shift of the bundle's own decoder: it takes latents / scaling + shift."""
+        spec = self.decoder or self.latent
+        return spec.scaling_factor, spec.shift_factor
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -262,6 +283,8 @@ def _check_numbers(manifest: Manifest) -> None:
         raise ValueError(f"image: got {image.height}x{image.width}, expected latent size times latent.downscale")
     if min(latent.channels, latent.height, latent.width, latent.downscale) < 1 or latent.scaling_factor == 0:
         raise ValueError("latent: sizes must be positive and scaling_factor not 0")
+    if manifest.decoder is not None and manifest.decoder.scaling_factor == 0:
+        raise ValueError("decoder.scaling_factor: got 0, expected another number")
     if schedule.num_steps < 1 or len(schedule.timesteps) != schedule.num_steps:
         raise ValueError(
             f"schedule: got {len(schedule.timesteps)} timesteps, expected num_steps = {schedule.num_steps}"
@@ -270,8 +293,13 @@ def _check_numbers(manifest: Manifest) -> None:
         raise ValueError(f"schedule.sampler: got {schedule.sampler}, expected {' | '.join(SAMPLERS)}")
     if manifest.prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"prediction_type: got {manifest.prediction_type}, expected epsilon | v_prediction")
-    if manifest.guidance.branches != 2:
-        raise ValueError(f"guidance.branches: got {manifest.guidance.branches}, expected 2")
+    branches = SAMPLERS[schedule.sampler].branches
+    if manifest.guidance.branches != branches:
+        raise ValueError(
+            f"guidance.branches: got {manifest.guidance.branches}, expected {branches} with {schedule.sampler}"
+        )
+    if branches == 1 and manifest.guidance.default != 1.0:
+        raise ValueError(f"guidance.default: got {manifest.guidance.default}, expected 1 with one branch")
     if tokenizer.max_length < 2 or min(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) < 0:
         raise ValueError("tokenizer: max_length must be at least 2 and ids not negative")
     missing = [name for name in REQUIRED_COMPONENTS if name not in manifest.components]

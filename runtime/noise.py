@@ -1,8 +1,9 @@
-"""The initial noise of a seed: torch's CPU generator, reproduced in NumPy.
+"""The noise of a seed: torch's CPU generator, reproduced in NumPy.
 
 A seed means the same picture as in diffusers: `initial_noise(seed, shape)` agrees with
 `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))` to a few units in the last place. What is
-reproduced is aten's `normal_fill` (16 values or more) and its scalar double path (fewer).
+reproduced is aten's `normal_fill` (16 values or more) and its scalar double path (fewer). `NoiseStream` goes on where
+the initial noise ends: what the second, third, ... `torch.randn` of the same generator give.
 """
 
 from __future__ import annotations
@@ -19,14 +20,35 @@ GENERATOR_KIND = "torch-cpu-mt19937"
 
 def initial_noise(seed: int, shape: Sequence[int]) -> NDArray[np.float32]:
     """Standard normal float32 noise of `shape` for `seed` (0 .. 2**64 - 1; like torch, only the low 32 bits count)."""
-    if not 0 <= seed < 2**64:
-        raise RequestError("the seed is out of range", got=seed, expected="0 .. 2**64 - 1", do="Choose another seed.")
-    size = math.prod(shape)
-    # RandomState(int) seeds MT19937 by Knuth's rule, as torch does; random_raw gives its 32-bit words.
-    words = np.random.MT19937()
-    words._legacy_seeding(seed & 0xFFFFFFFF)
-    noise = _filled(words, size) if size >= 16 else _scalar(words, size)
-    return noise.reshape(tuple(shape))
+    return NoiseStream(seed, shape).draw()
+
+
+class NoiseStream:
+    """Draw after draw of one `shape` from a seed's generator: the initial noise first, then one draw for each sampler
+    step that adds noise. `skip` moves past draws that another machine has used, so a run may be cut anywhere.
+
+    Shapes of 16 values or more only, but for the first draw: torch keeps the second value of a scalar pair for later.
+    """
+
+    def __init__(self, seed: int, shape: Sequence[int]) -> None:
+        if not 0 <= seed < 2**64:
+            raise RequestError(
+                "the seed is out of range", got=seed, expected="0 .. 2**64 - 1", do="Choose another seed."
+            )
+        # RandomState(int) seeds MT19937 by Knuth's rule, as torch does; random_raw gives its 32-bit words.
+        self._words = np.random.MT19937()
+        self._words._legacy_seeding(seed & 0xFFFFFFFF)
+        self._shape, self._size = tuple(shape), math.prod(shape)
+
+    def draw(self) -> NDArray[np.float32]:
+        """The next noise, standard normal float32 of `shape`."""
+        fill = _filled if self._size >= 16 else _scalar
+        return fill(self._words, self._size).reshape(self._shape)
+
+    def skip(self, draws: int) -> None:
+        """Leave out `draws` draws."""
+        for _ in range(draws):
+            self.draw()
 
 
 def _filled(words: np.random.MT19937, size: int) -> NDArray[np.float32]:

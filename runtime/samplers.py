@@ -19,11 +19,14 @@ from latentrelay.runtime.errors import RequestError
 
 @dataclass(frozen=True)
 class SamplerRule:
-    """One sampler: the diffusers class, what overrides the source's own configuration, and its memory."""
+    """One sampler: the diffusers class, what overrides the source's own configuration, its memory, whether a step adds
+    noise of its own, and the guidance branches (1: guidance is in the network, as consistency models have it)."""
 
     scheduler_class: str
     overrides: Mapping[str, Any]
     needs_x0_prev: bool
+    needs_noise: bool = False
+    branches: int = 2
 
 
 SAMPLERS: Mapping[str, SamplerRule] = MappingProxyType(
@@ -45,13 +48,34 @@ SAMPLERS: Mapping[str, SamplerRule] = MappingProxyType(
         "ddim": SamplerRule(
             "DDIMScheduler", MappingProxyType({"clip_sample": False, "thresholding": False}), needs_x0_prev=False
         ),
+        # For networks distilled to latent consistency (arXiv 2310.04378): 4 or 8 steps, no guidance branch.
+        "lcm": SamplerRule(
+            "LCMScheduler",
+            MappingProxyType(
+                {
+                    "original_inference_steps": 50,
+                    "timestep_scaling": 10.0,
+                    "clip_sample": False,
+                    "thresholding": False,
+                }
+            ),
+            needs_x0_prev=False,
+            needs_noise=True,
+            branches=1,
+        ),
     }
 )
 
 
 def sampler_for(source_scheduler_class: str) -> str:
     """The sampler a source pipeline is built with: its own where there are tables for it, else DPM-Solver++(2M)."""
-    return "ddim" if source_scheduler_class == SAMPLERS["ddim"].scheduler_class else "dpmsolver++"
+    own = [name for name, rule in SAMPLERS.items() if rule.scheduler_class == source_scheduler_class]
+    return own[0] if own else "dpmsolver++"
+
+
+def is_few_step(source_scheduler_class: str) -> bool:
+    """Whether a pipeline says of itself that it was distilled to latent consistency: its scheduler is LCM's."""
+    return source_scheduler_class == SAMPLERS["lcm"].scheduler_class
 
 
 def sampler_reason(source_scheduler_class: str) -> str | None:

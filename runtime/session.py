@@ -17,8 +17,8 @@ import numpy as np
 from latentrelay.runtime.backend import Backend, Graph, open_backend
 from latentrelay.runtime.bundle import Bundle
 from latentrelay.runtime.errors import NonFiniteError, RequestError, SessionError
-from latentrelay.runtime.manifest import Component
-from latentrelay.runtime.noise import initial_noise
+from latentrelay.runtime.manifest import Component, Manifest
+from latentrelay.runtime.noise import NoiseStream, initial_noise
 from latentrelay.runtime.selftest import SelftestReport, run_selftest
 from latentrelay.runtime.tokenizer import PromptTokenizer
 from numpy.typing import NDArray
@@ -117,10 +117,17 @@ class Session:
         return self._graphs[component].run(inputs)
 
     def encode(self, prompt: str, negative_prompt: str = "") -> Float32:
-        """Prompt embeddings (2, T, D) float32: unconditional (the negative prompt) first, then conditional."""
+        """Prompt embeddings (2, T, D) float32: unconditional (the negative prompt) first, then conditional.
+
+        (1, T, D), the conditional alone, where the bundle has one guidance branch; a negative prompt is a RequestError.
+        """
         spec = self._component("text_encoder")
+        if self.manifest.guidance.branches == 1 and negative_prompt:
+            raise RequestError(
+                "the bundle has no branch for a negative prompt", do="Leave it out: guidance is in its network."
+            )
         rows = []
-        for text in (negative_prompt, prompt):
+        for text in (negative_prompt, prompt)[-self.manifest.guidance.branches :]:
             outputs = self.run_component("text_encoder", {spec.inputs[0].name: self.tokenizer.ids(text)})
             rows.append(_finite(outputs[spec.outputs[0].name], "text_encoder"))
         return np.concatenate(rows, axis=0)
@@ -138,11 +145,13 @@ class Session:
         first_step: int,
         prompt_embeds: NDArray[Any],
         guidance: float,
+        seed: int | None = None,
     ) -> Iterator[StepEvent]:
         """Run steps first_step .. N-1 and yield an event after each; stop iterating to stop the run.
 
         latents (1, C, h, w); x0_prev the same or None where no step was made yet (or the solver has no memory);
-        prompt_embeds (2, T, D). Raises RequestError at once on arguments that do not fit, NonFiniteError naming the
+        prompt_embeds (2, T, D), or (1, T, D) with one guidance branch; seed of the whole run, needed where the sampler
+        adds noise at each step. Raises RequestError at once on arguments that do not fit, NonFiniteError naming the
         step.
         """
         schedule, spec = self.manifest.schedule, self._component("step_full")
@@ -152,7 +161,14 @@ class Session:
         if needs_memory and x0_prev is None and 0 < first_step < schedule.num_steps:
             raise RequestError("the solver needs x0_prev of the step before", got="None", expected="(1, C, h, w)")
         memory = np.zeros_like(latents, dtype=np.float32) if x0_prev is None else x0_prev
-        return self._steps(spec, latents, memory, first_step, prompt_embeds, guidance)
+        check_guidance(self.manifest, guidance)
+        noise = None
+        if any(port.role == "noise" for port in spec.inputs):
+            if seed is None:
+                raise RequestError("this sampler adds noise at each step", expected="the seed of the run")
+            noise = NoiseStream(seed, latents.shape)
+            noise.skip(1 + first_step)  # the initial noise, and one draw for each step made elsewhere
+        return self._steps(spec, latents, memory, first_step, prompt_embeds, guidance, noise)
 
     def _steps(
         self,
@@ -162,11 +178,14 @@ class Session:
         first_step: int,
         prompt_embeds: NDArray[Any],
         guidance: float,
+        noise: NoiseStream | None,
     ) -> Iterator[StepEvent]:
         schedule = self.manifest.schedule
         state = {"latents": latents, "x0_prev": x0_prev, "prompt_embeds": prompt_embeds, "guidance": np.array(guidance)}
         for step in range(first_step, schedule.num_steps):
             self.open("step_full")
+            if noise is not None:  # the last step adds none, and its draw is not made: as diffusers does
+                state["noise"] = noise.draw() if step < schedule.num_steps - 1 else np.zeros_like(state["latents"])
             started = time.perf_counter()
             outputs = self.run_component("step_full", _by_name(spec, {**state, "step": np.array(step)}))
             ms = (time.perf_counter() - started) * 1e3
@@ -177,8 +196,8 @@ class Session:
 
     def decode(self, latents: NDArray[Any]) -> Float32:
         """The picture (H, W, 3) float32 in 0..1 of latents (1, C, h, w)."""
-        spec, latent = self._component("vae_decoder"), self.manifest.latent
-        unscaled = np.asarray(latents, np.float32) / np.float32(latent.scaling_factor) + np.float32(latent.shift_factor)
+        spec, (scaling, shift) = self._component("vae_decoder"), self.manifest.decoder_scaling
+        unscaled = np.asarray(latents, np.float32) / np.float32(scaling) + np.float32(shift)
         outputs = self.run_component("vae_decoder", {spec.inputs[0].name: unscaled})
         sample = _finite(outputs[spec.outputs[0].name], "vae_decoder")
         pixels: Float32 = np.clip(sample[0].transpose(1, 2, 0) / 2 + 0.5, 0.0, 1.0)
@@ -193,6 +212,17 @@ class Session:
         if component is None:
             raise SessionError("the bundle has no such component", got=name, expected=list(self.manifest.components))
         return component
+
+
+def check_guidance(manifest: Manifest, guidance: float) -> None:
+    """Raise RequestError for a scale that the bundle's one guidance branch cannot follow."""
+    if manifest.guidance.branches == 1 and guidance != 1.0:
+        raise RequestError(
+            "the bundle's guidance is in its network and cannot be changed",
+            got=guidance,
+            expected=1.0,
+            do="Leave guidance out.",
+        )
 
 
 def _by_name(spec: Component, roles: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -15,6 +15,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    LCMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -23,7 +24,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 MERGES = ["t h", "th e</w>", "c a", "ca t</w>", "r e", "re d</w>", "i n", "in g</w>", "o n</w>", "a n"]
-SCHEDULERS = {"ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler, "pndm": PNDMScheduler}
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "lcm": LCMScheduler,
+    "pndm": PNDMScheduler,
+}
 
 
 def make_tokenizer(folder: Path, *, max_length: int = 16, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:

@@ -120,6 +120,48 @@ def test_dpmsolver_reads_memory_between_the_ends_and_writes_x0_out_last() -> Non
     assert (last.a, last.b, last.c) == pytest.approx((last.p, last.q, 0.0), rel=1e-12)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8, 50])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_lcm_rows_reproduce_the_scheduler_and_its_noise(prediction_type: str, num_steps: int) -> None:
+    scheduler = LCMScheduler(**STABLE, prediction_type=prediction_type)
+    table = solver_table(scheduler, num_steps)
+    x = torch.randn(64, generator=torch.Generator().manual_seed(num_steps), dtype=torch.float64)
+    scheduler.set_timesteps(num_steps)
+    mine, theirs = torch.Generator().manual_seed(9), torch.Generator().manual_seed(9)
+    state = x
+    for step, (row, timestep) in enumerate(zip(table.rows, scheduler.timesteps, strict=True)):
+        last = step == num_steps - 1
+        noise = torch.zeros_like(x) if last else torch.randn(64, generator=mine, dtype=torch.float64)
+        expected, denoised = scheduler.step(denoise(x, step), timestep, x, generator=theirs, return_dict=False)
+        e = denoise(state, step)
+        assert decibels(denoised, row.p * state + row.q * e) > 100
+        state, x = row.a * state + row.b * e + row.n * noise, expected
+        assert decibels(expected, state) > 100
+        assert (row.c, row.s, row.n == 0.0) == (0.0, 1.0, last)
+    assert table.needs_noise == (num_steps > 1)
+    assert not table.needs_x0_prev
+
+
+def test_lcm_rows_by_hand() -> None:
+    """Four steps at 999, 759, 499, 259: x0 = sqrt(abar) x - sqrt(1 - abar) v, then noise at the next timestep."""
+    table = solver_table(LCMScheduler(**STABLE, prediction_type="v_prediction"), 4)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = torch.cumprod(1 - betas, 0)
+    now, following = float(abar[999]), float(abar[759])
+    row = table.rows[0]
+    assert table.timesteps == (999, 759, 499, 259)
+    assert (row.p, row.q) == pytest.approx((now**0.5, -((1 - now) ** 0.5)), rel=1e-5)
+    assert (row.a, row.n) == pytest.approx(((following * now) ** 0.5, (1 - following) ** 0.5), rel=1e-5)
+    last = table.rows[-1]
+    assert (last.a, last.b, last.n) == (last.p, last.q, 0.0)
+
+
+def test_more_lcm_steps_than_it_was_trained_with_are_refused() -> None:
+    with pytest.raises(UnsupportedSchedulerError, match="original_inference_steps") as caught:
+        solver_table(LCMScheduler(**STABLE), 51)
+    assert caught.value.part == "num_steps"
+
+
 def test_the_scheduler_is_left_as_it_was() -> None:
     scheduler = SAMPLERS["dpmsolver++"](prediction_type="epsilon")
     scheduler.set_timesteps(7)
@@ -139,7 +181,8 @@ def test_the_scheduler_is_left_as_it_was() -> None:
         (DDIMScheduler(**STABLE, clip_sample=True), "clip_sample"),
         (DDIMScheduler(**STABLE, clip_sample=False, thresholding=True), "thresholding"),
         (PNDMScheduler(**STABLE), "scheduler class"),
-        (LCMScheduler(), "scheduler class"),
+        (LCMScheduler(clip_sample=True), "clip_sample"),
+        (LCMScheduler(**STABLE, prediction_type="sample"), "prediction_type"),
     ],
 )
 def test_what_has_no_table_is_refused_by_name(scheduler: Any, part: str) -> None:
