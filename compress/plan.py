@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
+_OLDER = {"1.0": {"compression": {}}}  # what a recipe of an older version says by leaving it out
 PLAN_JSON, PLAN_TABLES = "plan.json", "plan.safetensors"
 
 
@@ -56,7 +57,10 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything decided before export. `solver` and `timesteps` have one entry a step, the first step first."""
+    """Everything decided before export. `solver` and `timesteps` have one entry a step, the first step first.
+
+    `compression` is what was done to the source's networks (see tools/compress.py for its keys); empty: nothing.
+    """
 
     source: PlanSource
     profile: Mapping[str, Any]
@@ -70,6 +74,7 @@ class Recipe:
     splits: tuple[SplitMask, ...]
     quantisation: Mapping[str, Any] = field(default_factory=lambda: {"precision": "fp32"})
     corrections: tuple[Evidence, ...] = ()
+    compression: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def solver_table(self) -> SolverTable:
@@ -124,19 +129,28 @@ class Plan:
             raise PlanError(f"{PLAN_TABLES} in {folder} is malformed: {error}. Build the bundle again.") from error
         if not isinstance(document, dict) or set(document) != {"schema_version", "recipe"}:
             raise PlanError(f"{PLAN_JSON}: expected the keys schema_version and recipe. Build the bundle again.")
-        if document["schema_version"] != SCHEMA_VERSION:
-            raise PlanError(f"{PLAN_JSON}: schema_version is {document['schema_version']!r}, expected {SCHEMA_VERSION}")
+        version, recipe = document["schema_version"], document["recipe"]
+        if version != SCHEMA_VERSION and version not in _OLDER:
+            raise PlanError(f"{PLAN_JSON}: schema_version is {version!r}, expected {SCHEMA_VERSION}")
+        if isinstance(recipe, dict):
+            recipe = {**_OLDER.get(version, {}), **recipe}
         if set(arrays) != {"guidance_multiplier"}:
             raise PlanError(f"{PLAN_TABLES}: got arrays {sorted(arrays)}, expected guidance_multiplier alone")
-        return cls(parse_plan_record(Recipe, document["recipe"]), Tables(**arrays))
+        return cls(parse_plan_record(Recipe, recipe), Tables(**arrays))
 
 
 def full_plan(
-    source: PlanSource, profile: Mapping[str, Any], sampler: str, scheduler_class: str, digest: str, table: SolverTable
+    source: PlanSource,
+    profile: Mapping[str, Any],
+    sampler: str,
+    scheduler_class: str,
+    digest: str,
+    table: SolverTable,
+    compression: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plain plan: every step computed in full, fp32, no corrections, every split 0..N supported.
 
-    `digest` is the scheduler's configuration digest ("sha256:<hex>").
+    `digest` is the scheduler's configuration digest ("sha256:<hex>"); `compression` as in `Recipe`.
     """
     num_steps = len(table.rows)
     full: tuple[Literal["full", "predicted"], ...] = tuple("full" for _ in range(num_steps))
@@ -151,6 +165,7 @@ def full_plan(
         init_noise_sigma=table.init_noise_sigma,
         solver=table.rows,
         splits=tuple(SplitMask(k, full[k:]) for k in range(num_steps + 1)),
+        compression=dict(compression or {}),
     )
     return Plan(recipe, Tables(np.ones(num_steps, dtype=np.float64)))
 

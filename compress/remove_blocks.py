@@ -48,7 +48,7 @@ BLOCK_RECIPES = {
 def remove_blocks(unet: UNet2DConditionModel, recipe: BlockRecipe) -> UNet2DConditionModel:
     """A new U-Net of the blocks that stay, with their weights. Raises UnitError where the shapes do not allow it."""
     _check(unet, recipe)
-    student = UNet2DConditionModel.from_config(_config(unet, recipe))
+    student = UNet2DConditionModel.from_config(removed_config(unet, recipe))
     names = dict(_renamed(unet, recipe))
     state = {theirs: tensor for ours, tensor in unet.state_dict().items() if (theirs := _target(ours, names))}
     expected = student.state_dict()
@@ -76,6 +76,14 @@ def block_map(unet: nn.Module, recipe: BlockRecipe) -> dict[str, str]:
     return pairs
 
 
+def teacher_path(unet: UNet2DConditionModel, recipe: BlockRecipe, path: str) -> str:
+    """Where a module of the smaller network came from: "up_blocks.0.resnets.1" -> "up_blocks.1.resnets.2"."""
+    for theirs, ours in _renamed(unet, recipe):
+        if f"{path}.".startswith(ours):
+            return (theirs + f"{path}."[len(ours) :]).removesuffix(".")
+    return path
+
+
 def _check(unet: UNet2DConditionModel, recipe: BlockRecipe) -> None:
     widths, levels = unet.config.block_out_channels, recipe.levels_removed
     if not 0 <= levels < len(widths) - 1:
@@ -90,7 +98,8 @@ def _check(unet: UNet2DConditionModel, recipe: BlockRecipe) -> None:
         raise UnitError("layers a block", got=recipe.layers, expected=f"1..{present}")
 
 
-def _config(unet: UNet2DConditionModel, recipe: BlockRecipe) -> dict[str, Any]:
+def removed_config(unet: UNet2DConditionModel, recipe: BlockRecipe) -> dict[str, Any]:
+    """The smaller network's configuration."""
     config = {name: value for name, value in dict(unet.config).items() if not name.startswith("_")}
     stay = len(config["block_out_channels"]) - recipe.levels_removed
     for name in _LEVEL_LISTS:

@@ -12,7 +12,7 @@ from typing import Any
 from latentrelay.export.errors import UnsupportedSourceError
 
 _COMPONENTS = {
-    "unet": ("UNet2DConditionModel",),
+    "unet": ("UNet2DConditionModel", "StudentUNet2DConditionModel"),
     "vae": ("AutoencoderKL",),
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
