@@ -84,8 +84,9 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
 
 
-def write_layout(pipeline: Any, scheduler: Any, folder: Path) -> None:
-    """model_index.json, scheduler/ and the components' config.json, as Optimum's ORTStableDiffusionPipeline reads."""
+def write_layout(pipeline: Any, scheduler: Any, folder: Path, vae: Any = None) -> None:
+    """model_index.json, scheduler/ and the components' config.json, as Optimum's ORTStableDiffusionPipeline reads.
+    `vae` stands in for the pipeline's own where the bundle decodes with another."""
     import diffusers
 
     index = {
@@ -104,7 +105,7 @@ def write_layout(pipeline: Any, scheduler: Any, folder: Path) -> None:
     }
     write_json(folder / "model_index.json", index)
     scheduler.save_pretrained(str(folder / "scheduler"))
-    for component, module in (("unet", pipeline.unet), ("vae_decoder", pipeline.vae)):
+    for component, module in (("unet", pipeline.unet), ("vae_decoder", vae or pipeline.vae)):
         config = {"_class_name": type(module).__name__, "_diffusers_version": diffusers.__version__}
         write_json(folder / component / "config.json", {**config, **_public(dict(module.config))})
     text = _public(pipeline.text_encoder.config.to_dict())

@@ -12,10 +12,11 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir
 import torch
+from latentrelay.compress.folded_tail import FoldedDecoder, folds
 from onnxscript import optimizer
 from torch import Tensor, nn
 
@@ -61,6 +62,28 @@ class VaeDecoderGraph(nn.Module):
         """The decoded picture, not clamped."""
         result: Tensor = self.vae.decode(latent_sample, return_dict=False)[0]  # type: ignore[operator]
         return result
+
+
+class LightDecoderGraph(nn.Module):
+    """The same for an `AutoencoderTiny`, its tail folded where it folds (exact; see `compress/folded_tail.py`)."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        decoder = cast(nn.Module, vae.decoder)
+        if folds(decoder):
+            decoder = FoldedDecoder(decoder)
+            decoder.tail.freeze()
+        self.decoder = decoder
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        """The decoded picture, not clamped."""
+        result: Tensor = self.decoder(latent_sample)
+        return result
+
+
+def decoder_graph(vae: nn.Module) -> nn.Module:
+    """What a VAE's decoder is exported as."""
+    return LightDecoderGraph(vae) if type(vae).__name__ == "AutoencoderTiny" else VaeDecoderGraph(vae)
 
 
 def export_onnx(

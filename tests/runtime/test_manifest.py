@@ -40,6 +40,7 @@ def test_the_digest_covers_everything_else(document: dict[str, Any]) -> None:
     assert Manifest.from_dict(resealed(document)).guidance.default == 2.25
 
 
+DECODER = {"class_name": "AutoencoderTiny", "digest": "sha256:00", "scaling_factor": 1.0, "shift_factor": 0.0}
 CHANGES: list[tuple[str, Any, str]] = [
     ("colour", 1, "unknown key colour"),
     ("latent.depth", 1, "unknown key latent.depth"),
@@ -62,6 +63,9 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("schema_version", "1.x", "schema_version"),
     ("files", [], "not listed under files"),
     ("backend.session_options", {"x": [1]}, "session_options.x"),
+    ("decoder", {"class_name": "AutoencoderTiny"}, "decoder.digest is missing"),
+    ("decoder", {**DECODER, "scale": 1.0}, "unknown key decoder.scale"),
+    ("decoder", {**DECODER, "scaling_factor": 0.0}, "decoder.scaling_factor: got 0"),
 ]
 
 
@@ -122,3 +126,15 @@ def test_too_large_is_refused_unparsed() -> None:
 def test_a_writer_learns_of_numbers_that_json_lacks(bundle_folder: Path, kit: SimpleNamespace) -> None:
     with pytest.raises(ManifestError, match="cannot be written"):
         kit.make_manifest(bundle_folder, parity={"unet": {"snr_db": float("inf")}})
+
+
+def test_a_decoder_of_its_own_has_a_scaling_of_its_own(document: dict[str, Any]) -> None:
+    latent = document["latent"]
+    plain = Manifest.from_dict(document)
+    assert plain.decoder is None
+    assert plain.decoder_scaling == (latent["scaling_factor"], latent["shift_factor"])
+    document["decoder"] = DECODER
+    light = Manifest.from_dict(resealed(document))
+    assert light.decoder_scaling == (1.0, 0.0)
+    assert light.latent == plain.latent
+    assert light.to_dict()["decoder"] == DECODER
