@@ -8,6 +8,7 @@ computed once and read from disk, since the encoders are frozen and would otherw
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,27 @@ class LatentSet:
     def captions(self) -> int:
         """Captions a scene."""
         return len(self.embeddings) // len(self.latents)
+
+    @property
+    def identity(self) -> str:
+        """A digest of the arrays, for what is trained on them."""
+        digest = hashlib.sha256()
+        for array in (self.latents, self.embeddings, self.empty):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return f"scenes sha256:{digest.hexdigest()}"
+
+    def batch(self, rng: np.random.Generator, count: int, caption_dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (count, 4, h, w) and text states (count, T, D) float32; dropped captions become the empty prompt."""
+        rows = rng.integers(0, len(self.latents), size=count)
+        chosen = rows * self.captions + rng.integers(0, self.captions, size=count)
+        context = self.embeddings[chosen].astype(np.float32)
+        context[rng.random(count) < caption_dropout] = self.empty.astype(np.float32)
+        return torch.from_numpy(self.latents[rows].astype(np.float32)), torch.from_numpy(context)
+
+    def part(self, first: int, last: int) -> LatentSet:
+        """Scenes first..last-1."""
+        each = self.captions
+        return LatentSet(self.latents[first:last], self.embeddings[first * each : last * each], self.empty)
 
 
 @torch.no_grad()
@@ -156,7 +178,7 @@ def train(unet: UNet2DConditionModel, cached: LatentSet, recipe: Recipe, folder:
 
     def loss_of(module: torch.nn.Module, rng: BatchRng) -> Losses:
         device = device_of(module)
-        latents, context = (tensor.to(device) for tensor in _batch(cached, rng.numpy, recipe.batch))
+        latents, context = (tensor.to(device) for tensor in cached.batch(rng.numpy, recipe.batch, CAPTION_DROPOUT))
         noise = torch.randn(latents.shape, generator=rng.torch).to(device)
         # Stratified: one timestep from each of `batch` equal slices, which steadies the loss.
         spread = (torch.arange(recipe.batch) + torch.rand(recipe.batch, generator=rng.torch)) / recipe.batch
@@ -175,11 +197,3 @@ def train(unet: UNet2DConditionModel, cached: LatentSet, recipe: Recipe, folder:
         (folder / "unet" / "step.json").write_text(json.dumps({"step": step}))
 
     return cast(UNet2DConditionModel, fit(unet, loss_of, recipe, folder, on_checkpoint=export))
-
-
-def _batch(cached: LatentSet, rng: np.random.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = rng.integers(0, len(cached.latents), size=count)
-    chosen = rows * cached.captions + rng.integers(0, cached.captions, size=count)
-    context = cached.embeddings[chosen].astype(np.float32)
-    context[rng.random(count) < CAPTION_DROPOUT] = cached.empty.astype(np.float32)
-    return torch.from_numpy(cached.latents[rows].astype(np.float32)), torch.from_numpy(context)
