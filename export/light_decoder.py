@@ -7,17 +7,24 @@ decoder's.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from latentrelay.export.errors import UnsupportedSourceError
+from latentrelay.compress.light_vae import load_light_vae
+from latentrelay.export.errors import SourceError, UnsupportedSourceError
 from latentrelay.runtime.digest import weights_digest
 from latentrelay.runtime.manifest import DecoderSpec
 
 
 def checked_light_vae(vae: Any, pipeline: Any) -> Any:
-    """`vae` in float32 on the CPU, frozen. Raises UnsupportedSourceError where it cannot decode the source's latents:
-    another class, channels or factor, or a latent shift."""
+    """`vae` (an AutoencoderTiny, or the folder of one) in float32 on the CPU, frozen.
+
+    Raises SourceError where the folder cannot be read, UnsupportedSourceError where the decoder is not for the source's
+    latents: another class, channels or factor, or a latent shift.
+    """
+    if isinstance(vae, (str, Path)):
+        vae = _load(Path(vae))
     if type(vae).__name__ != "AutoencoderTiny":
         raise UnsupportedSourceError("light decoder", got=type(vae).__name__, expected="AutoencoderTiny")
     own, light = pipeline.vae.config, vae.config
@@ -32,6 +39,17 @@ def checked_light_vae(vae: Any, pipeline: Any) -> Any:
     module: torch.nn.Module = vae.eval().requires_grad_(False)
     torch.nn.Module.to(module, device="cpu", dtype=torch.float32)
     return module
+
+
+def _load(folder: Path) -> Any:
+    try:
+        return load_light_vae(folder)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise SourceError(
+            f"the light VAE {folder} cannot be read: {error}",
+            expected="config.json of an AutoencoderTiny with safetensors weights",
+            do="Check the folder.",
+        ) from error
 
 
 def _factor(config: Any) -> int:
