@@ -15,6 +15,7 @@ from latentrelay.runtime.manifest import (
     MANIFEST_NAME,
     BackendSpec,
     Component,
+    DecoderSpec,
     Guidance,
     ImageSpec,
     LatentSpec,
@@ -72,6 +73,7 @@ def write_manifest(
     parity: Mapping[str, Mapping[str, float]],
     selftest: SelftestSpec,
     tools: Mapping[str, str],
+    decoder: DecoderSpec | None = None,
 ) -> str:
     """Write manifest.json into the finished `folder`, return its digest; `latent` = rows, columns, downscale."""
     rows, columns, downscale = latent
@@ -94,7 +96,7 @@ def write_manifest(
             recipe.init_noise_sigma,
             sampler_rule(recipe.sampler).needs_x0_prev,
         ),
-        guidance=Guidance(default=guidance),
+        guidance=Guidance(default=guidance, branches=sampler_rule(recipe.sampler).branches),
         tokenizer=tokenizer,
         components=dict(components),
         files=list_files(folder),
@@ -105,6 +107,8 @@ def write_manifest(
         ),
         parity=parity,
         selftest=selftest,
+        decoder=decoder,
+        additional_metadata=dict(source.notes),
     ).sealed()
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json_bytes())
     return manifest.digest

@@ -14,11 +14,12 @@ from onnx import ModelProto
 _HEAD, _TAIL = "step_head/", "step_tail/"
 
 
-def merge_step(unet: Path, head: Path, tail: Path, output: Path) -> None:
+def merge_step(unet: Path, head: Path, tail: Path, output: Path, branches: int = 2) -> None:
     """Write `output` (in the U-Net's folder) from the three graphs.
 
     Head outputs `sample, timestep` feed the U-Net's inputs of those names; the U-Net's `out_sample` feeds the tail's
     `noise_pred`; every other input is the step graph's own, `encoder_hidden_states` under the name `prompt_embeds`.
+    `branches` is the batch of a step: 2 with classifier-free guidance, 1 without.
     """
     if output.parent != unet.parent:
         raise ValueError(f"{output} must stand in {unet.parent}, beside the external data")
@@ -38,7 +39,7 @@ def merge_step(unet: Path, head: Path, tail: Path, output: Path) -> None:
     initializers = [*first.graph.initializer, *network.graph.initializer, *last.graph.initializer]
     prompt = next(value for value in network.graph.input if value.name == "prompt_embeds")
     if prompt.type.tensor_type.shape.dim[0].dim_param:
-        prompt.type.tensor_type.shape.dim[0].dim_value = 2  # the step is always two branches
+        prompt.type.tensor_type.shape.dim[0].dim_value = branches
     inputs = {value.name: value for value in (*first.graph.input, prompt, *last.graph.input)}
     inputs.pop("out_sample")
     for field, values in (

@@ -19,6 +19,7 @@ from latentrelay.compress.plan import Plan
 from latentrelay.export.errors import ParityError
 from latentrelay.export.onnx_graphs import TextEncoderGraph, UNetGraph, VaeDecoderGraph
 from latentrelay.export.reference_run import Floats, ReferenceRun
+from latentrelay.runtime.samplers import SamplerRule
 from numpy.typing import NDArray
 
 COMPONENT_GATE_DB, CHAINED_GATE_DB = 60.0, 50.0
@@ -46,15 +47,18 @@ def snr_db(reference: NDArray[Any], got: NDArray[Any]) -> float:
     return min(200.0, 10.0 * math.log10(signal / error)) if signal > 0.0 else -math.inf
 
 
-def collect_samples(pipeline: Any, plan: Plan, run: ReferenceRun, needs_x0_prev: bool) -> dict[str, list[Sample]]:
-    """Teacher-forced samples for every graph, from the recorded torch run."""
+def collect_samples(
+    pipeline: Any, plan: Plan, run: ReferenceRun, rule: SamplerRule, vae: Any = None
+) -> dict[str, list[Sample]]:
+    """Teacher-forced samples for every graph, from the recorded torch run; `vae` stands in for the pipeline's own."""
+    decoder = vae or pipeline.vae
     steps = _forced_steps(plan.recipe.num_steps)
-    latent = (run.latents[-1] / np.float32(pipeline.vae.config.scaling_factor)).astype(np.float32)
-    picture = _torch(VaeDecoderGraph(pipeline.vae), latent)[0]
+    latent = (run.latents[-1] / np.float32(decoder.config.scaling_factor)).astype(np.float32)
+    picture = _torch(VaeDecoderGraph(decoder), latent)[0]
     return {
         "text_encoder": [_text_sample(pipeline, run.input_ids[row : row + 1]) for row in (0, 1)],
         "unet": [_unet_sample(pipeline, plan, run, step) for step in sorted({steps[0], steps[len(steps) // 2]})],
-        "step_full": [_step_sample(run, step, needs_x0_prev) for step in steps],
+        "step_full": [_step_sample(run, step, rule) for step in steps],
         "vae_decoder": [Sample({"latent_sample": latent}, {"sample": picture})],
     }
 
@@ -72,22 +76,25 @@ def _text_sample(pipeline: Any, input_ids: NDArray[np.int64]) -> Sample:
 def _unet_sample(pipeline: Any, plan: Plan, run: ReferenceRun, step: int) -> Sample:
     scale = np.float32(plan.recipe.solver[step].s)
     inputs: Feeds = {
-        "sample": np.concatenate([run.latents[step] * scale] * 2),
+        "sample": np.concatenate([run.latents[step] * scale] * len(run.prompt_embeds)),
         "timestep": np.array(plan.recipe.timesteps[step], dtype=np.float32),
         "encoder_hidden_states": run.prompt_embeds,
     }
     return Sample(inputs, {"out_sample": _torch(UNetGraph(pipeline.unet), *inputs.values())[0]})
 
 
-def _step_sample(run: ReferenceRun, step: int, needs_x0_prev: bool) -> Sample:
+def _step_sample(run: ReferenceRun, step: int, rule: SamplerRule) -> Sample:
     inputs: Feeds = {
         "latents": run.latents[step],
         "step": np.array(step, dtype=np.int64),
         "prompt_embeds": run.prompt_embeds,
-        "guidance": np.array(run.guidance, dtype=np.float32),
     }
     outputs: Feeds = {"next_latents": run.latents[step + 1]}
-    if needs_x0_prev:
+    if rule.branches == 2:
+        inputs["guidance"] = np.array(run.guidance, dtype=np.float32)
+    if rule.needs_noise:
+        inputs["noise"] = run.noise[step]
+    if rule.needs_x0_prev:
         inputs["x0_prev"] = run.x0_prev[step]
         outputs["next_x0_prev"] = run.x0_prev[step + 1]
     return Sample(inputs, outputs)
@@ -105,6 +112,7 @@ def check_parity(
     paths: Mapping[str, str],
     samples: Mapping[str, list[Sample]],
     run: ReferenceRun,
+    rule: SamplerRule,
     progress: Callable[[str], None],
 ) -> dict[str, dict[str, float]]:
     """Run every graph through ONNX Runtime; returns {component: {"snr_db": lowest}} plus "chained_run".
@@ -118,7 +126,7 @@ def check_parity(
         report[component] = {"snr_db": _gate(component, _lowest(session, cases), COMPONENT_GATE_DB)}
         if component == "step_full":
             progress("parity: chained run")
-            chained = _chained(session, run, "x0_prev" in cases[0].inputs)
+            chained = _chained(session, run, rule)
             report["chained_run"] = {"snr_db": _gate("chained_run", chained, CHAINED_GATE_DB)}
     return report
 
@@ -142,11 +150,11 @@ def _lowest(session: Any, cases: list[Sample]) -> float:
     return min(values)
 
 
-def _chained(session: Any, run: ReferenceRun, needs_x0_prev: bool) -> float:
+def _chained(session: Any, run: ReferenceRun, rule: SamplerRule) -> float:
     latents, memory = run.latents[0], run.x0_prev[0]
     for step in range(len(run.latents) - 1):
-        feeds: Feeds = _step_sample(run, step, needs_x0_prev).inputs | {"latents": latents}
-        if needs_x0_prev:
+        feeds: Feeds = _step_sample(run, step, rule).inputs | {"latents": latents}
+        if rule.needs_x0_prev:
             latents, memory = session.run(["next_latents", "next_x0_prev"], feeds | {"x0_prev": memory})
         else:
             (latents,) = session.run(["next_latents"], feeds)

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from latentrelay.runtime.noise import NoiseStream
+from latentrelay.runtime.samplers import SamplerRule
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
@@ -23,7 +25,8 @@ class ReferenceRun:
     """One recorded run. `latents[i]` (1,C,h,w) is what step i starts from, the last entry the result;
 
     `x0_prev[i]` (1,C,h,w) is the memory step i starts with, zeros where there is none; `prompt_embeds` (2,T,D);
-    `input_ids` i64 (2,T), negative prompt first.
+    `input_ids` i64 (2,T), negative prompt first. `noise[i]` (1,C,h,w) is what step i adds, zeros where it adds none;
+    with one guidance branch `prompt_embeds` is (1,T,D), the conditional alone.
     """
 
     latents: tuple[Floats, ...]
@@ -31,9 +34,12 @@ class ReferenceRun:
     prompt_embeds: Floats
     input_ids: NDArray[np.int64]
     guidance: float
+    noise: tuple[Floats, ...]
 
 
-def record_run(pipeline: Any, scheduler: Any, num_steps: int, height: int, width: int, guidance: float) -> ReferenceRun:
+def record_run(
+    pipeline: Any, scheduler: Any, num_steps: int, height: int, width: int, guidance: float, rule: SamplerRule
+) -> ReferenceRun:
     """Run `num_steps` steps at `height` x `width` pixels; the pipeline given is left as it was."""
     pipeline_class: Any = StableDiffusionPipeline
     runner = pipeline_class(
@@ -83,7 +89,17 @@ def record_run(pipeline: Any, scheduler: Any, num_steps: int, height: int, width
             )
     finally:
         hook.remove()
-    return ReferenceRun(tuple(latents), tuple(memory), _array(states), input_ids, guidance)
+    embeds = _array(states)[-rule.branches :]
+    noise = _noise(latents[0].shape, num_steps, rule.needs_noise)
+    return ReferenceRun(tuple(latents), tuple(memory), embeds, input_ids, guidance, noise)
+
+
+def _noise(shape: tuple[int, ...], num_steps: int, needed: bool) -> tuple[Floats, ...]:
+    """What diffusers' scheduler drew: the run's generator went on after the initial noise, but for the last step."""
+    stream = NoiseStream(SEED, shape)
+    stream.skip(1)
+    none = np.zeros(shape, dtype=np.float32)
+    return tuple(stream.draw() if needed and step < num_steps - 1 else none for step in range(num_steps))
 
 
 def encode_ids(tokenizer: Any, prompts: list[str]) -> NDArray[np.int64]:

@@ -8,13 +8,15 @@ dicts of unet, text_encoder and vae, so a bundle knows which cloud model may sta
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from latentrelay.compress.lora import Adapter, merge
 from latentrelay.export.architecture import check_architecture, check_index, family_of
 from latentrelay.export.errors import SourceError
 from latentrelay.runtime.digest import weights_digest
@@ -24,7 +26,10 @@ DIGESTED = ("unet", "text_encoder", "vae")
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A checked pipeline in float32 on the CPU, what it is called, and its model digest ("sha256:<hex>")."""
+    """A checked pipeline in float32 on the CPU, what it is called, and its model digest ("sha256:<hex>").
+
+    `notes` go into the manifest's additional_metadata: which adapters were merged.
+    """
 
     pipeline: Any
     model: str
@@ -32,19 +37,29 @@ class SourceModel:
     family: str
     licence: str
     revision: str | None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_source(
-    model: Any, revision: str | None = None, *, name: str | None = None, config: str | None = None
+    model: Any,
+    revision: str | None = None,
+    *,
+    name: str | None = None,
+    config: str | None = None,
+    loras: Sequence[Adapter] = (),
 ) -> SourceModel:
     """Load and check a source.
 
     `model`: a hub id, a folder in diffusers' layout, a single .safetensors file, or a StableDiffusionPipeline (which
     is used as it is, frozen and moved to float32 on the CPU). `revision` is the hub's. `name` is what the bundle calls
     the source (by default the hub id, or the last part of a local path, which stays private). `config` is a folder or
-    hub id that describes a single file; without it diffusers asks the hub. Raises SourceError, UnsupportedSourceError.
+    hub id that describes a single file; without it diffusers asks the hub. `loras` are merged into the float32 weights
+    (in place, where a pipeline was given) before the digest is taken, and recorded. Raises SourceError,
+    UnsupportedSourceError, AdapterError.
     """
     if isinstance(model, SourceModel):
+        if loras:
+            raise SourceError("adapters cannot be merged into a source that is loaded", do="Give them when loading it.")
         return model
     if isinstance(model, (str, Path)):
         origin, pipeline = str(model), _load(str(model), revision, config)
@@ -54,6 +69,7 @@ def load_source(
     for part in DIGESTED:
         module = getattr(pipeline, part).eval().requires_grad_(False)
         torch.nn.Module.to(module, device="cpu", dtype=torch.float32)  # diffusers' own `to` talks about every cast
+    merged = merge(pipeline, loras)
     return SourceModel(
         pipeline,
         name or _public_name(origin),
@@ -61,6 +77,7 @@ def load_source(
         family_of(pipeline),
         _licence(Path(origin)),
         revision,
+        {"adapters": [each.document() for each in merged]} if merged else {},
     )
 
 

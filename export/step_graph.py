@@ -1,8 +1,10 @@
 """The step graph's own arithmetic as two small torch modules: what comes before the U-Net in a step, and what after.
 
 `StepHead`: latents (1,C,h,w), step () -> sample (2,C,h,w), timestep (). `StepTail`: noise_pred (2,C,h,w), latents,
-step, guidance () [, x0_prev (1,C,h,w)] -> next_latents [, next_x0_prev]. Every table is gathered by `step`; there is no
-control flow. ONNX merges them around the U-Net; a Core ML export can compose the same modules in torch.
+step, guidance () [, x0_prev (1,C,h,w)] -> next_latents [, next_x0_prev]. `FewStepTail`: noise_pred (1,C,h,w), latents,
+step, noise (1,C,h,w) -> next_latents, where guidance is in the network; the head's sample is (1,C,h,w) then. Every
+table is gathered by `step`; there is no control flow. ONNX merges them around the U-Net; a Core ML export can compose
+the same modules in torch.
 """
 
 from __future__ import annotations
@@ -16,23 +18,26 @@ from torch import Tensor, nn
 
 
 class StepHead(nn.Module):
-    """Scale the latents for the network, double them for the two guidance branches, and look the timestep up."""
+    """Scale the latents for the network, repeat them for the guidance branches, and look the timestep up."""
 
     scale: Tensor
     timesteps: Tensor
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, branches: int = 2) -> None:
         super().__init__()
         rows = plan.recipe.solver
+        self.branches = branches
         self.register_buffer("scale", torch.tensor([row.s for row in rows], dtype=torch.float32))
         self.register_buffer("timesteps", torch.tensor(plan.recipe.timesteps, dtype=torch.float32))
         self.scaled = any(row.s != 1.0 for row in rows)
 
     def forward(self, latents: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """latents f32 (1,C,h,w), step i64 () -> sample f32 (2,C,h,w), timestep f32 ()."""
+        """latents f32 (1,C,h,w), step i64 () -> sample f32 (branches,C,h,w), timestep f32 ()."""
         if self.scaled:
             latents = latents * self.scale[step]
-        return torch.cat([latents, latents], dim=0), self.timesteps[step]
+        if self.branches == 1:
+            return latents.clone(), self.timesteps[step]  # an output that is an input would have no name of its own
+        return torch.cat([latents] * self.branches, dim=0), self.timesteps[step]
 
 
 class StepTail(nn.Module):
@@ -64,3 +69,19 @@ class StepTail(nn.Module):
         # Unused memory is selected away, not multiplied by c = 0: what was never written may hold anything.
         memory = torch.where(self.reads_memory[step], x0_prev, x0)
         return next_latents + row[2] * memory, x0
+
+
+class FewStepTail(nn.Module):
+    """One guidance branch and a sampler that adds noise: `x' = a x + b e + n noise`, rows gathered by step."""
+
+    coefficients: Tensor
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        rows = np.array([astuple(row) for row in plan.recipe.solver], dtype=np.float64)  # (N, 7): a b c n p q s
+        self.register_buffer("coefficients", torch.from_numpy(rows.astype(np.float32)))
+
+    def forward(self, noise_pred: Tensor, latents: Tensor, step: Tensor, noise: Tensor) -> Tensor:
+        """All (1, C, h, w) but step; the last row's n is 0, so that any finite noise will do there."""
+        row = self.coefficients[step]  # (7,)
+        return row[0] * latents + row[1] * noise_pred + row[3] * noise

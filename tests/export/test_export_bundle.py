@@ -13,6 +13,7 @@ from latentrelay.export.reference_run import SEED, record_run
 from latentrelay.export.source import model_digest
 from latentrelay.runtime.digest import sha256_file
 from latentrelay.runtime.manifest import Manifest
+from latentrelay.runtime.samplers import sampler_rule
 from safetensors.numpy import load_file
 
 
@@ -144,7 +145,7 @@ def test_model_index_names_what_optimum_loads(tiny_bundle: Path) -> None:
 
 def test_cloud_then_device_equals_the_uninterrupted_run_at_every_split(tiny_bundle: Path, tiny_pipeline: Any) -> None:
     scheduler = type(tiny_pipeline.scheduler).from_config(tiny_pipeline.scheduler.config)
-    run = record_run(tiny_pipeline, scheduler, 25, 16, 16, 7.5)
+    run = record_run(tiny_pipeline, scheduler, 25, 16, 16, 7.5, sampler_rule("dpmsolver++"))
     session = open_session(tiny_bundle / "unet" / "step_full.onnx")
     for split in range(26):
         latents, memory = run.latents[split], run.x0_prev[split]
@@ -164,7 +165,7 @@ def test_cloud_then_device_equals_the_uninterrupted_run_at_every_split(tiny_bund
 
 def test_the_recorded_run_is_what_the_pipeline_does_from_that_seed(tiny_pipeline: Any) -> None:
     scheduler = type(tiny_pipeline.scheduler).from_config(tiny_pipeline.scheduler.config)
-    run = record_run(tiny_pipeline, scheduler, 4, 16, 16, 7.5)
+    run = record_run(tiny_pipeline, scheduler, 4, 16, 16, 7.5, sampler_rule("ddim"))
     expected = tiny_pipeline(
         prompt_embeds=torch.from_numpy(run.prompt_embeds[1:]),
         negative_prompt_embeds=torch.from_numpy(run.prompt_embeds[:1]),

@@ -12,6 +12,7 @@ from latentrelay.export.onnx_graphs import VaeDecoderGraph, export_onnx
 from latentrelay.export.parity import Sample, check_parity, open_session, snr_db
 from latentrelay.export.reference_run import ReferenceRun
 from latentrelay.runtime.manifest import Manifest
+from latentrelay.runtime.samplers import sampler_rule
 
 ODD: dict[str, Any] = {
     "sampler": "ddim",
@@ -74,10 +75,11 @@ def test_the_gate_refuses_a_graph_that_disagrees(tiny_bundle: Path) -> None:
     tokens = np.arange(16, dtype=np.int64)[None]
     wrong = Sample({"input_ids": tokens}, {"last_hidden_state": np.ones((1, 16, 16), np.float32)})
     nothing = np.zeros((1, 4, 8, 8), np.float32)
-    run = ReferenceRun((nothing,), (nothing,), nothing, tokens, 7.5)
+    run = ReferenceRun((nothing,), (nothing,), nothing, tokens, 7.5, (nothing,))
     paths = {"text_encoder": "text_encoder/model.onnx"}
     with pytest.raises(ParityError) as caught:
-        check_parity(tiny_bundle, paths, {"text_encoder": [wrong]}, run, lambda words: None)
+        rule = sampler_rule("dpmsolver++")
+        check_parity(tiny_bundle, paths, {"text_encoder": [wrong]}, run, rule, lambda words: None)
     assert caught.value.component == "text_encoder"
     assert caught.value.snr_db < 60.0
     assert caught.value.exit_status == 3
