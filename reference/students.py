@@ -1,0 +1,33 @@
+"""The released students of the reference: how large each class's is, how they were distilled, and where they lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from latentrelay.reference.pipeline import reference_path
+
+# Parameters at most; the three that are released share 12 MiB of float16. Other classes take the nearest one.
+CLASS_PARAMETERS = {
+    "phone-high": 3_100_000,
+    "phone-mid": 2_100_000,
+    "phone-low": 1_000_000,
+    "tablet": 3_100_000,
+    "pi": 1_000_000,
+    "desktop": 3_100_000,
+}
+RELEASED_FOR = {
+    "phone-high": "phone-high",
+    "phone-mid": "phone-mid",
+    "phone-low": "pi",
+    "tablet": "phone-high",
+    "pi": "pi",
+    "desktop": "phone-high",
+}
+
+
+def student_path(student_class: str) -> Path:
+    """The folder of the student released for a profile's class. Raises FileNotFoundError where it was not installed."""
+    path = reference_path() / "students" / RELEASED_FOR[student_class]
+    if not (path / "unet" / "config.json").is_file():
+        raise FileNotFoundError(f"no released student in {path}; make one with `latentrelay compress`")
+    return path
