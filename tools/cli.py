@@ -59,6 +59,25 @@ def devices_validate(file: Path, as_json: Json = False) -> None:
     devices_command.validate(file, as_json)
 
 
+@devices.command("measure")
+def devices_measure(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The profile to write; the file's name is the profile's.")
+    ] = Path("this-machine.toml"),
+    bundle: Annotated[Path | None, typer.Option("--bundle", "-b", help="Also time this bundle's graphs.")] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="An execution provider of ONNX Runtime; all there are if not given.")
+    ] = None,
+    runs: Annotated[int, typer.Option(help="Timed runs of each part, 5 or more.")] = 7,
+    overwrite: Annotated[bool, typer.Option(help="Replace a profile that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a profile of the machine this runs on, from what is measured here. Takes about a minute."""
+    from latentrelay.tools import devices_measure
+
+    devices_measure.run(output, bundle=bundle, provider=provider, runs=runs, overwrite=overwrite, as_json=as_json)
+
+
 @app.command()
 def build(
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle's folder.")],
