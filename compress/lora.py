@@ -91,7 +91,7 @@ def merge(pipeline: Any, adapters: Sequence[Adapter]) -> tuple[MergedAdapter, ..
         for layer, delta in deltas:
             _add(layer, delta, adapter.scale)
         if few_step is not None:
-            pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)  # type: ignore[no-untyped-call]
+            pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
         merged.append(MergedAdapter(adapter.path.name, digest, adapter.scale, len(deltas), few_step))
     return tuple(merged)
 
@@ -122,7 +122,7 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     if not path.is_file():
         raise AdapterError(str(path), "there is no such file", got=str(path), expected="a .safetensors file")
     try:
-        with safe_open(str(path), framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(str(path), framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # safetensors raises a class of its own, outside the standard tree
         raise AdapterError(path.name, f"it is not a safetensors file ({error})", expected="safetensors") from error

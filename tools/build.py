@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from latentrelay.device_profiles import load_profile
 from latentrelay.runtime.samplers import sampler_reason
 from latentrelay.tools.console import counting, emit, err, extra, printable, table
-from latentrelay.tools.models import REFERENCE, default_guidance, resolve
+from latentrelay.tools.models import adapters, default_guidance, public_name, resolve
 
 
 def run(
@@ -26,6 +27,8 @@ def run(
     profiles: Path | None,
     overwrite: bool,
     as_json: bool,
+    loras: Sequence[str] = (),
+    few_step: bool = False,
 ) -> None:
     """Build and print."""
     profile = load_profile(device, profiles)
@@ -34,7 +37,9 @@ def run(
         from latentrelay.export.bundle_folder import check_output
     check_output(output.absolute(), overwrite=overwrite)
     with counting("reading the source pipeline", None) as advance:
-        source = load_source(resolve(model), revision, name=model if model == REFERENCE else None, config=config)
+        source = load_source(
+            resolve(model), revision, name=public_name(model), config=config, loras=adapters(model, loras)
+        )
         reason = sampler_reason(type(source.pipeline.scheduler).__name__)
         if sampler is None and reason is not None:
             err.print(f"[yellow]sampler:[/] {reason}")
@@ -47,6 +52,7 @@ def run(
             height=height,
             width=width,
             guidance=default_guidance(model) if guidance is None else guidance,
+            few_step=few_step,
             progress=lambda words: advance(words, 1),
             overwrite=overwrite,
         )

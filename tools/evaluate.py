@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from latentrelay.runtime.errors import RequestError
 from latentrelay.tools.console import counting, emit, extra, table
-from latentrelay.tools.models import resolve
+from latentrelay.tools.models import merging, resolve
 
 SPLITS = ("report", "gate")
 _BATCH = 16
@@ -62,6 +62,7 @@ def run(
     split: str,
     sheet: Path | None,
     as_json: bool,
+    loras: Sequence[str] = (),
 ) -> None:
     """Generate, read, score and print."""
     if split not in SPLITS:
@@ -70,7 +71,12 @@ def run(
         from latentrelay.reference import captions as grammar
         from latentrelay.reference import pipeline as reference
     pipeline = reference.load(Path(resolve(model)))
-    scale = reference.GUIDANCE if guidance is None else guidance
+    if (adapt := merging(model, loras)) is not None:
+        adapt(pipeline)
+    few_step = type(pipeline.scheduler).__name__ == "LCMScheduler"
+    if few_step and guidance not in (None, 1.0):
+        raise RequestError("the model's guidance is in its network", got=guidance, expected=1.0, do="Leave it out.")
+    scale = (1.0 if few_step else reference.GUIDANCE) if guidance is None else guidance
     started = time.perf_counter()
     wanted = {split: captions, "held_out": held_out or max(1, captions // 4)}
     results: dict[str, Evaluation] = {}
@@ -131,6 +137,15 @@ def evaluate_pictures(pictures: Any, pairs: Sequence[tuple[Any, Any]]) -> Evalua
         frechet_floor=judging.frechet_distance(judging.Statistics.of(true_features), renderings),
         captions=len(captions),
     )
+
+
+def score_each(pictures: Any, pairs: Sequence[tuple[Any, Any]]) -> list[float]:
+    """The accuracy of every picture, for comparisons of the same captions and seeds."""
+    from latentrelay.reference import judge as judging
+    from latentrelay.reference.pipeline import reference_path
+
+    readings, _ = judging.read(judging.load_judge(reference_path()), pictures)
+    return [judging.score(reading, caption).accuracy for reading, (_, caption) in zip(readings, pairs, strict=True)]
 
 
 def bootstrap_interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:

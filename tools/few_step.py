@@ -104,6 +104,7 @@ def train(
         metadata = {FEW_STEP: json.dumps({"guidance": guidance, "num_steps": NUMBERS_OF_STEPS}), "format": "pt"}
         beside = output / ".lora.new.safetensors"
         save_file(module.tensors(), str(beside), metadata)  # type: ignore[operator]
+        beside.chmod(0o644)
         beside.replace(output / "lora.safetensors")
 
     function = ConsistencyFunction(pipeline.scheduler.config)

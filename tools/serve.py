@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from latentrelay.tools.console import err, extra, printable
-from latentrelay.tools.models import resolve
+from latentrelay.tools.models import merging, resolve
 
 
 def run(
@@ -23,13 +24,15 @@ def run(
     insecure: bool,
     port_file: Path | None,
     as_json: bool,
+    loras: Sequence[str] = (),
 ) -> None:
     """Serve until interrupted. With `--json` the one object is printed when requests are answered."""
     with extra("cloud", "the cloud service"):
         from latentrelay.cloud import Engine
         from latentrelay.cloud.serve import serve
     err.print(f"loading {printable(model)}")
-    engine = Engine.load(resolve(model), revision=revision, config=config, name=model)
+    adapt = merging(model, loras)
+    engine = Engine.load(resolve(model), revision=revision, config=config, name=model, adapt=adapt)
 
     def ready(url: str, real_port: int) -> None:
         if as_json:

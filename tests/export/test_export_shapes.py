@@ -77,8 +77,8 @@ def test_the_gate_refuses_a_graph_that_disagrees(tiny_bundle: Path) -> None:
     nothing = np.zeros((1, 4, 8, 8), np.float32)
     run = ReferenceRun((nothing,), (nothing,), nothing, tokens, 7.5, (nothing,))
     paths = {"text_encoder": "text_encoder/model.onnx"}
+    rule = sampler_rule("dpmsolver++")
     with pytest.raises(ParityError) as caught:
-        rule = sampler_rule("dpmsolver++")
         check_parity(tiny_bundle, paths, {"text_encoder": [wrong]}, run, rule, lambda words: None)
     assert caught.value.component == "text_encoder"
     assert caught.value.snr_db < 60.0
