@@ -107,8 +107,9 @@ def distill_unet(
     `folder/unet` and, where `held_out` is given, scored (held_out.jsonl); the best of them is what `folder/unet`
     holds. Resumable; see `training.fit`.
     """
-    student = student.to(memory_format=torch.channels_last)
-    teacher = teacher.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    nn.Module.to(student, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    nn.Module.to(teacher, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher.eval().requires_grad_(False)
     held = HeldOut(teacher, held_out, schedule, folder / "held_out.jsonl", losses) if held_out is not None else None
 
     def loss_of(module: nn.Module, rng: BatchRng) -> Losses:
@@ -117,6 +118,7 @@ def distill_unet(
         )
         noisy, timesteps, target, weight = schedule.draw(latents, rng.torch)
         noisy = noisy.contiguous(memory_format=torch.channels_last)
+        teacher.to(latents.device)  # accelerate has moved the student
         with torch.no_grad(), watching(teacher, features.values()) as theirs:
             wanted = teacher(noisy, timesteps, context).sample.float()
         with watching(module, features) as ours:
@@ -198,6 +200,7 @@ class HeldOut:
     def error(self, student: nn.Module) -> float:
         """Weighted squared error over the same batches each time, relative to the teacher's power."""
         training = student.training
+        self.teacher.to(device_of(student))
         student.eval()
         off = power = 0.0
         for index in range(self.batches):

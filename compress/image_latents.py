@@ -116,7 +116,8 @@ def _latents(pipeline: Any, paths: Sequence[Path]) -> NDArray[np.float16]:
         pipeline.vae.encode(_picture(path, (columns * factor, rows * factor))).latent_dist.mean.float()
         for path in paths
     ]
-    return (torch.cat(found) * pipeline.vae.config.scaling_factor).half().numpy()
+    scaled: Tensor = torch.cat(found) * pipeline.vae.config.scaling_factor
+    return np.asarray(scaled.half())
 
 
 def _picture(path: Path, size: tuple[int, int]) -> Tensor:
@@ -139,7 +140,7 @@ def _states(pipeline: Any, texts: Sequence[str]) -> NDArray[np.float16]:
         list(texts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
     )
     states: Tensor = pipeline.text_encoder(tokens.input_ids)[0]
-    return states.half().numpy()
+    return np.asarray(states.half())
 
 
 def _identity(pipeline: Any, rows: Sequence[tuple[Path, str]]) -> str:

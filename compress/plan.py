@@ -23,7 +23,9 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 SCHEMA_VERSION = "1.1"
-_OLDER = {"1.0": {"compression": {}}}  # what a recipe of an older version says by leaving it out
+_OLDER: dict[str, dict[str, Any]] = {
+    "1.0": {"compression": {}}
+}  # what a recipe of an older version says by leaving it out
 PLAN_JSON, PLAN_TABLES = "plan.json", "plan.safetensors"
 
 

@@ -107,7 +107,8 @@ def head_norms(attention: Any) -> Tensor:
     heads = attention.heads
     value = attention.to_v.weight.detach().float().unflatten(0, (heads, -1))  # (heads, dim, in)
     out = attention.to_out[0].weight.detach().float().unflatten(1, (heads, -1))  # (out, heads, dim)
-    return torch.einsum("ohd,hdi->hoi", out, value).flatten(1).norm(dim=1)
+    norms: Tensor = torch.einsum("ohd,hdi->hoi", out, value).flatten(1).norm(dim=1)
+    return norms
 
 
 def _prune_attention(attention: Any, heads: int) -> None:

@@ -73,13 +73,15 @@ class TorchLatents:
         shape = (1, config.in_channels, *self.size)
         seeds = range(self.first_seed, self.first_seed + len(self.prompt_embeds))
         latents = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        latents = latents * scheduler.init_noise_sigma
-        context = torch.cat([self.negative_embeds, self.prompt_embeds])
+        device = next(unet.parameters()).device
+        latents = (latents * scheduler.init_noise_sigma).to(device)
+        context = torch.cat([self.negative_embeds, self.prompt_embeds]).to(device)
         for timestep in scheduler.timesteps:
             both = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
             uncond, cond = unet(both, timestep, context).sample.chunk(2)
             latents = scheduler.step(uncond + self.guidance * (cond - uncond), timestep, latents).prev_sample
-        return latents
+        final: Tensor = latents.cpu()
+        return final
 
 
 def latent_statistics_distance(reference: Tensor, other: Tensor) -> float:
@@ -135,7 +137,8 @@ def score_prior(units: Sequence[PrunableUnit]) -> dict[str, float]:
     kinds: dict[UnitKind, float] = {
         "resnet": 1.0, "feed_forward": 0.8, "self_attention": 0.6, "cross_attention": 1.2
     }  # fmt: skip
-    return {unit.path: kinds[unit.kind] * 2.0 ** -_depth(unit.path, units) for unit in units}
+    prior = {unit.path: kinds[unit.kind] * 2.0 ** -_depth(unit.path, units) for unit in units}
+    return {**prior, "blocks:mid": 0.1, "blocks:innermost": 0.3, "blocks:layers": 4.0}
 
 
 def _depth(path: str, units: Sequence[PrunableUnit]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from latentrelay.compress.training import Recipe
 from latentrelay.reference.pipeline import reference_path
 
 # Parameters at most; the three that are released share 12 MiB of float16. Other classes take the nearest one.
@@ -15,6 +16,11 @@ CLASS_PARAMETERS = {
     "pi": 1_000_000,
     "desktop": 3_100_000,
 }
+# How they were distilled; `LOSSES` are fields of `compress.distill_unet.DistilLosses`.
+DISTILLATION = Recipe(
+    steps=400, batch=32, learning_rate=4e-4, warmup=50, decay=0.7, ema_decay=0.99, checkpoint_every=100, seed=3
+)
+LOSSES = {"task": 0.1, "output": 1.0, "feature": 0.1, "caption_dropout": 0.25}
 RELEASED_FOR = {
     "phone-high": "phone-high",
     "phone-mid": "phone-mid",

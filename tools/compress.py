@@ -20,19 +20,19 @@ from latentrelay.runtime.errors import RequestError
 from latentrelay.tools.console import emit, err, extra, printable, table
 from latentrelay.tools.models import REFERENCE
 
-GIB = 1 << 30
-
 
 @dataclass(frozen=True)
 class Training:
     """How the student is distilled; None is the default of the model: the released students' on the reference, the
-    paper's elsewhere. `steps` 0 prunes and stops."""
+    paper's elsewhere. `steps` 0 prunes and stops. `data` is a folder of captioned pictures; `pictures` is how many
+    scenes the reference renders."""
 
     steps: int | None = None
     batch: int | None = None
     learning_rate: float | None = None
     mixed_precision: str = "no"
     data: Path | None = None
+    pictures: int | None = None
 
 
 def run(
@@ -47,6 +47,7 @@ def run(
     loras: Sequence[str],
     light_vae: Path | None,
     training: Training,
+    scores: str,
     revision: str | None,
     config: str | None,
     work: Path | None,
@@ -61,6 +62,8 @@ def run(
         raise RequestError("nothing says how small the student is to be", do="Give --device, --parameters or --recipe.")
     if allocation not in ("sensitivity", "uniform"):
         raise RequestError("unknown allocation", got=allocation, expected="sensitivity or uniform")
+    if scores not in ("measured", "prior"):
+        raise RequestError("unknown scores", got=scores, expected="measured or prior")
     profile = load_profile(device, profiles) if device is not None else None
     with extra("compress", "compressing a model"):
         from latentrelay.tools.compress_geometry import compress_geometry
@@ -76,7 +79,7 @@ def run(
     else:
         job = ModelJob(
             model or REFERENCE, output, work or output.with_name(output.name + ".work"), profile, recipe, parameters,
-            allocation, tuple(loras), light_vae, training, revision, config, overwrite,
+            allocation, tuple(loras), light_vae, training, scores, revision, config, overwrite,
         )  # fmt: skip
         document = job.run()
     document["seconds"] = round(time.perf_counter() - started, 1)
@@ -102,25 +105,20 @@ def _show(console: Any, document: Mapping[str, Any]) -> None:
     console.print(f"student: [bold]{printable(document['student'])}[/]")
 
 
-def student_target(
-    model: str, profile: DeviceProfile | None, parameters: int | None, source_parameters: int
-) -> tuple[int, dict[str, Any]]:
-    """The ceiling on the student's parameters and where it comes from.
+def student_target(model: str, profile: DeviceProfile | None, parameters: int | None) -> dict[str, Any]:
+    """The ceiling on the student's parameters and where it comes from; None where the profile's ceilings decide.
 
-    On the reference, a hundredth of SD's size, a profile's own ceilings would admit everything: there the released
-    size of the profile's class is the target.
+    On the reference, a hundredth of SD's size, a profile's ceilings would admit everything: there the released size of
+    the profile's class is the target.
     """
     if parameters is not None:
-        return parameters, {"limited_by": "--parameters", "parameters": parameters}
-    if profile is None:
-        raise RequestError("nothing says how small the student is to be", do="Give --device, --parameters or --recipe.")
-    if model == REFERENCE:
+        return {"limited_by": "--parameters", "parameters": parameters}
+    if model == REFERENCE and profile is not None:
         from latentrelay.reference.students import CLASS_PARAMETERS
 
         target = CLASS_PARAMETERS[profile.student_class]
-        return target, {"limited_by": f"size of the class {profile.student_class}", "parameters": target}
-    target = min(profile.target_unet_parameters.parameters, source_parameters)
-    return target, {"limited_by": profile.target_unet_parameters.limited_by, "parameters": target}
+        return {"limited_by": f"the size of the class {profile.student_class}", "parameters": target}
+    return {"limited_by": "the profile", "parameters": None}
 
 
 def plan_document(plan: Any) -> dict[str, Any]:

@@ -5,11 +5,13 @@ Scores of random weights mean nothing and would take days at this size: the ship
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from latentrelay.compress.budget import budget_of, student_within
 from latentrelay.compress.geometry import Geometry, named
 from latentrelay.compress.light_vae import sd_light_decoder
 from latentrelay.compress.plan import PlanSource, full_plan
@@ -25,7 +27,7 @@ from latentrelay.device_profiles import DeviceProfile
 from latentrelay.runtime.digest import weights_digest
 from latentrelay.runtime.errors import RequestError
 from latentrelay.runtime.samplers import sampler_rule, scheduler_digest
-from latentrelay.tools.compress import note, plan_document
+from latentrelay.tools.compress import note, plan_document, student_target
 from latentrelay.tools.console import counting
 from latentrelay.tools.student_folder import student_folder
 
@@ -47,13 +49,15 @@ def compress_geometry(
     if recipe is not None and recipe not in RECIPES:
         raise RequestError("unknown recipe", got=recipe, expected=" | ".join(RECIPES))
     note(f"{name}: random weights; scores come from the shipped prior" if recipe is None else f"{name}: random weights")
-    budget = None if recipe is not None else _budget(profile, geometry, parameters)
+    budget: dict[str, Any] | None = None
+    if recipe is None:
+        budget = student_target(name, profile, parameters)
     with counting("making the source U-Net", 4) as advance:
         torch.manual_seed(SEED)
         source: Any = UNet2DConditionModel.from_config(dict(geometry.unet)).eval()
         source_parameters = parameter_count(source)
         advance("removing blocks and pruning", 1)
-        student, plan = _student(source, recipe, None if budget is None else budget["parameters"], allocation)
+        student, plan = _student(source, geometry, recipe, budget, profile, allocation)
         del source
         advance("saving and loading it again", 1)
         with student_folder(output, overwrite=overwrite) as folder:
@@ -66,26 +70,36 @@ def compress_geometry(
 
 
 def _student(
-    source: Any, recipe: str | None, ceiling: int | None, allocation: str
+    source: Any,
+    geometry: Geometry,
+    recipe: str | None,
+    budget: dict[str, Any] | None,
+    profile: DeviceProfile | None,
+    allocation: Any,
 ) -> tuple[StudentUNet2DConditionModel, StudentPlan]:
-    if recipe is None:
-        blocks = {"blocks:mid": 0.1, "blocks:innermost": 0.3, "blocks:layers": 4.0}
-        scores = {**score_prior(prunable_units(source)), **blocks}
-        plan = plan_student(source, scores, ceiling or 0, allocation=allocation)  # type: ignore[arg-type]
+    if recipe is not None or budget is None:
+        published = RECIPES[str(recipe)]
+        smaller = remove_blocks(source, published.blocks)
+        widths = published_widths(published, prunable_units(smaller))
+        student = prune_unet(smaller, widths)
+        count = parameter_count(student)
+        return student, StudentPlan(published.blocks, widths, count, published.parameters, allocation, 0.0)
+    scores = score_prior(prunable_units(source))
+    if budget["parameters"] is not None:
+        plan = plan_student(source, scores, budget["parameters"], allocation=allocation)
         return build_student(source, plan), plan
-    published = RECIPES[recipe]
-    smaller = remove_blocks(source, published.blocks)
-    widths = published_widths(published, prunable_units(smaller))
-    student = prune_unet(smaller, widths)
-    count = parameter_count(student)
-    return student, StudentPlan(published.blocks, widths, count, published.parameters, "sensitivity", 0.0)
-
-
-def _budget(profile: DeviceProfile | None, geometry: Geometry, parameters: int | None) -> dict[str, Any]:
-    if parameters is not None or profile is None:
-        return {"limited_by": "--parameters", "parameters": parameters}
-    target = profile.target_unet_parameters
-    return {"limited_by": target.limited_by, "parameters": target.parameters}
+    if profile is None:
+        raise RequestError("nothing says how small the student is to be", do="Give --device, --parameters or --recipe.")
+    within = student_within(source, scores, budget_of(profile), geometry, allocation=allocation)
+    budget |= {
+        "limited_by": within.admitted.limiting,
+        "parameters": within.admitted.parameters,
+        "limits": [asdict(limit) for limit in within.admitted.limits],
+        "precision": within.admitted.precision,
+        "predicted_peak_memory_mib": within.peak_memory_mib,
+        "predicted_file_bytes": within.file_bytes,
+    }
+    return build_student(source, within.plan), within.plan
 
 
 def _document(
@@ -103,7 +117,7 @@ def _document(
         "recipe": recipe,
         "parameters": count,
         "source_parameters": source_parameters,
-        "target_parameters": RECIPES[recipe].parameters if recipe is not None else plan.ceiling,
+        "target_parameters": RECIPES[recipe].parameters if recipe is not None else (budget or {})["parameters"],
         "budget": budget,
         "block_mid_channels": list(widths["resnet_mid_channels"].values()),
         "self_attention_heads": list(widths["self_attention_heads"].values()),
