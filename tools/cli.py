@@ -79,6 +79,63 @@ def devices_measure(
 
 
 @app.command()
+def compress(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The student's folder.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="'reference' (the default), a hub id, a folder or a file.")
+    ] = None,
+    geometry: Annotated[
+        str | None, typer.Option(help="Instead of a model: sd14, its shapes with random weights.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", "-d", help="A device profile: its limits are the budget.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="A published shape, such as hybrid-sd-224m.")] = None,
+    parameters: Annotated[int | None, typer.Option(min=1, help="At most so many U-Net parameters.")] = None,
+    allocation: Annotated[str, typer.Option(help="sensitivity, or uniform for comparison.")] = "sensitivity",
+    scores: Annotated[str, typer.Option(help="measured on the model, or the shipped prior.")] = "measured",
+    lora: Annotated[list[str] | None, typer.Option(help="Adapters merged first: FILE or FILE:SCALE.")] = None,
+    light_vae: Annotated[Path | None, typer.Option(help="A folder with an AutoencoderTiny for the device.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Captioned pictures (metadata.jsonl) to distil on.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Distillation steps; 0 prunes only.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0)] = None,
+    mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
+    pictures: Annotated[int | None, typer.Option(min=4, help="Scenes to distil on, for the reference.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Scores, data and checkpoints; OUTPUT.work if not given.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="For a .safetensors file: the folder or hub id that describes it.")
+    ] = None,
+    profiles: ProfileFolder = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a student that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prune and distil a model's U-Net for a device; run again to go on where it was killed."""
+    from latentrelay.tools import compress
+
+    compress.run(
+        output,
+        model=model,
+        geometry=geometry,
+        device=device,
+        recipe=recipe,
+        parameters=parameters,
+        allocation=allocation,
+        loras=lora or (),
+        light_vae=light_vae,
+        training=compress.Training(steps, batch, learning_rate, mixed_precision, data, pictures),
+        scores=scores,
+        revision=revision,
+        config=config,
+        work=work,
+        profiles=profiles,
+        overwrite=overwrite,
+        as_json=as_json,
+    )
+
+
+@app.command()
 def build(
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle's folder.")],
     device: Annotated[str, typer.Option("--device", "-d", help="A device profile's name or file.")],
