@@ -7,16 +7,20 @@ How a light autoencoder is trained is `compress/distill_vae.py`; here are its da
 
 from __future__ import annotations
 
+import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from latentrelay.compress.distill_vae import DecodePairs, FeatureExtractor, distil_decoder, distil_encoder
-from latentrelay.compress.light_vae import LightVaeSpec, new_light_vae
+from latentrelay.compress.light_vae import LightVaeSpec, load_light_vae, new_light_vae
 from latentrelay.compress.training import BatchRng, Recipe
 from latentrelay.reference.judge import Judge
+from latentrelay.reference.pipeline import reference_path
 from latentrelay.reference.scenes import render, sample_scenes
 from latentrelay.reference.unet import SHARD
 from numpy.typing import NDArray
@@ -105,11 +109,26 @@ def train(cache: Path, judge: Judge, decoder: Recipe, encoder: Recipe, folder: P
     student = new_light_vae(SPEC, decoder.seed)
     pairs = CachedPairs.of(cache)
 
-    def save(_step: int) -> None:
+    def checkpoint(_step: int) -> None:
         student.save_pretrained(folder / "light_vae", safe_serialization=True)
 
-    layers = judge_layers(judge.to(memory_format=torch.channels_last))
-    distil_decoder(student, pairs, decoder, folder / "decoder", extractor=layers, on_checkpoint=save)
-    distil_encoder(student, pairs, encoder, folder / "encoder", on_checkpoint=save)
-    save(encoder.steps)
+    network: Any = judge
+    layers = judge_layers(network.to(memory_format=torch.channels_last))
+    distil_decoder(student, pairs, decoder, folder / "decoder", extractor=layers, on_checkpoint=checkpoint)
+    distil_encoder(student, pairs, encoder, folder / "encoder", on_checkpoint=checkpoint)
+    checkpoint(encoder.steps)
     return student
+
+
+def save(student: AutoencoderTiny, folder: Path) -> None:
+    """Write the autoencoder in float16; the one in memory stays float32."""
+    copy.deepcopy(student).half().save_pretrained(folder, safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)  # a path of this machine
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_reference_light_vae(folder: Path | None = None) -> AutoencoderTiny:
+    """The light autoencoder in float32 on the CPU, from a pipeline's `folder` or the shipped one. Raises OSError where
+    there is none."""
+    return load_light_vae((folder or reference_path()) / "light_vae")

@@ -1,10 +1,10 @@
 """Train the reference pipeline from nothing: `python -m latentrelay.reference.train --recipe cpu --out
 runs/reference`.
 
-Stages, in order: tokenizer, text, vae, cache, unet, judge, assemble. Each resumes where it was killed and is skipped
-once done; name stages to run only those. The `cpu` recipe is what made the committed weights (one pinned thread);
-`gpu` is the same code with a wider U-Net and larger batches. The folder that `assemble` writes is what ships as
-reference/weights/.
+Stages, in order: tokenizer, text, vae, cache, unet, judge, light_vae, assemble. Each resumes where it was killed and is
+skipped once done; name stages to run only those. The `cpu` recipe is what made the committed weights (one pinned
+thread); `gpu` is the same code with a wider U-Net and larger batches. The folder that `assemble` writes is what ships
+as reference/weights/.
 """
 
 from __future__ import annotations
@@ -18,31 +18,48 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from latentrelay.compress.light_vae import load_light_vae
 from latentrelay.compress.training import Recipe
-from latentrelay.reference import judge, pipeline, text_encoder, unet, vae
+from latentrelay.reference import judge, light_vae, pipeline, text_encoder, unet, vae
 from latentrelay.reference.captions import write_tokenizer
 from rich.console import Console
 from transformers import CLIPTextModel, CLIPTokenizer
 
-STAGES = ("tokenizer", "text", "vae", "cache", "unet", "judge", "assemble")
+STAGES = ("tokenizer", "text", "vae", "cache", "unet", "judge", "light_vae", "assemble")
 
 
 @dataclass(frozen=True)
 class Recipes:
-    """One recipe a stage, the U-Net's widths, and how many scenes are cached at 64 and at 128 pixels."""
+    """One recipe a stage, the U-Net's widths, and how many scenes are cached at 64 and at 128 pixels
+    (and, of the latter, decoded for the light autoencoder)."""
 
     widths: tuple[int, ...]
     scenes: tuple[int, int]
+    decoded: int
     text: Recipe
     vae: Recipe
     unet_64: Recipe
     unet_128: Recipe
     judge: Recipe
+    light_decoder: Recipe
+    light_encoder: Recipe
 
 
+LIGHT_DECODER = Recipe(
+    steps=3000,
+    batch=8,
+    learning_rate=2e-3,
+    warmup=100,
+    decay=0.7,
+    weight_decay=0.0,
+    ema_decay=0.995,
+    mixed_precision="bf16",
+)
+LIGHT_ENCODER = replace(LIGHT_DECODER, steps=500, warmup=50, ema_decay=0.99, seed=1)
 CPU = Recipes(
     widths=unet.WIDTHS["cpu"],
     scenes=(60_000, 18_000),
+    decoded=4000,
     text=Recipe(steps=2500, batch=64, learning_rate=1e-3, warmup=100, ema_decay=0.99, checkpoint_every=500),
     vae=Recipe(
         steps=2800, batch=16, learning_rate=1e-3, warmup=100, decay=0.6, ema_decay=0.995, mixed_precision="bf16"
@@ -52,6 +69,8 @@ CPU = Recipes(
     judge=Recipe(
         steps=1700, batch=48, learning_rate=1.5e-3, warmup=100, decay=0.6, ema_decay=0.995, mixed_precision="bf16"
     ),
+    light_decoder=LIGHT_DECODER,
+    light_encoder=LIGHT_ENCODER,
 )
 GPU = replace(
     CPU,
@@ -61,6 +80,9 @@ GPU = replace(
     unet_64=replace(CPU.unet_64, steps=20_000, batch=256, mixed_precision="bf16"),
     unet_128=replace(CPU.unet_128, steps=30_000, batch=256, mixed_precision="bf16"),
     judge=replace(CPU.judge, steps=4000, batch=128),
+    decoded=20_000,
+    light_decoder=replace(LIGHT_DECODER, steps=12_000, batch=32),
+    light_encoder=replace(LIGHT_ENCODER, steps=4000, batch=32),
 )
 RECIPES = {"cpu": CPU, "gpu": GPU}
 CAPTIONS_A_SCENE = 2
@@ -125,6 +147,14 @@ class Training:
         judge.save_judge(trained, self.folder / "judge")
         judge.save_statistics(judge.load_judge(self.folder / "judge"), self.folder / "judge")
 
+    def light_vae(self) -> None:
+        """Distil the light autoencoder from the trained one."""
+        cache = self.folder / "cache"
+        light_vae.cache_pictures(self._vae(), self._scaling_factor(), cache, self.recipes.decoded)
+        layers = judge.load_judge(self.folder / "judge")
+        recipes = self.recipes.light_decoder, self.recipes.light_encoder
+        light_vae.train(cache, layers, *recipes, self.folder / "light_vae")
+
     def assemble(self) -> None:
         """Write the pipeline folder, with the judge beside it, to `weights/`."""
         folder = self.folder / "weights"
@@ -138,6 +168,7 @@ class Training:
         pipeline.save(whole, folder)
         for name in ("judge.safetensors", "judge_statistics.safetensors"):
             shutil.copyfile(self.folder / "judge" / name, folder / name)
+        light_vae.save(load_light_vae(self.folder / "light_vae" / "light_vae"), folder / "light_vae")
         self.console.print(f"wrote {folder}")
 
     def _tokenizer(self) -> CLIPTokenizer:
