@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ DIGESTED = ("unet", "text_encoder", "vae")
 class SourceModel:
     """A checked pipeline in float32 on the CPU, what it is called, and its model digest ("sha256:<hex>").
 
-    `notes` go into the manifest's additional_metadata: which adapters were merged.
+    `notes` go into the manifest's additional_metadata: which adapters were merged, whose U-Net the device runs.
     """
 
     pipeline: Any
@@ -38,6 +38,27 @@ class SourceModel:
     licence: str
     revision: str | None
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_student(self, unet: Any, name: str, loras: Sequence[Adapter] = ()) -> SourceModel:
+        """The same source, whose digest says which cloud may start a run, with another U-Net for the device's steps.
+
+        `unet`: a U-Net in float32 (changed in place by `loras`, its own adapters). `name` is what the manifest says.
+        Raises UnsupportedSourceError, AdapterError.
+        """
+        own = self.pipeline
+        parts = {part: getattr(own, part) for part in ("vae", "text_encoder", "tokenizer", "scheduler")}
+        pipeline = type(own)(
+            **parts, unet=unet, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+        merged = merge(pipeline, loras)
+        pipeline.scheduler = own.scheduler
+        check_architecture(pipeline)
+        unet.eval().requires_grad_(False)
+        weights = ((key, tensor.detach().cpu().numpy()) for key, tensor in unet.state_dict().items())
+        student: dict[str, Any] = {"name": name, "digest": weights_digest(weights)}
+        if merged:
+            student["adapters"] = [each.document() for each in merged]
+        return replace(self, pipeline=pipeline, notes={**self.notes, "student": student})
 
 
 def load_source(

@@ -9,7 +9,15 @@ from typing import Any
 from latentrelay.device_profiles import load_profile
 from latentrelay.runtime.samplers import sampler_reason
 from latentrelay.tools.console import counting, emit, err, extra, printable, table
-from latentrelay.tools.models import adapters, default_guidance, public_name, resolve
+from latentrelay.tools.models import (
+    FEW_STEP,
+    REFERENCE,
+    adapters,
+    default_guidance,
+    few_step_adapters,
+    public_name,
+    resolve,
+)
 
 
 def run(
@@ -29,8 +37,10 @@ def run(
     as_json: bool,
     loras: Sequence[str] = (),
     few_step: bool = False,
+    student: str | None = None,
 ) -> None:
-    """Build and print."""
+    """Build and print. `student`: a released name or a folder whose U-Net runs the device's steps; with
+    'reference-few-step' a released one gets its consistency adapters."""
     profile = load_profile(device, profiles)
     with extra("export", "building a bundle"):
         from latentrelay.export import export, load_source
@@ -40,6 +50,8 @@ def run(
         source = load_source(
             resolve(model), revision, name=public_name(model), config=config, loras=adapters(model, loras)
         )
+        if student is not None:
+            source = _with_student(source, model, student)
         reason = sampler_reason(type(source.pipeline.scheduler).__name__)
         if sampler is None and reason is not None:
             err.print(f"[yellow]sampler:[/] {reason}")
@@ -71,3 +83,13 @@ def run(
         console.print(f"bundle: [bold]{printable(result.bundle)}[/]\ndigest: {result.digest}")
 
     emit(document, as_json, show)
+
+
+def _with_student(source: Any, model: str, wanted: str) -> Any:
+    from latentrelay.compress.lora import Adapter
+    from latentrelay.tools.students import find, load
+
+    ((name, folder),) = find([wanted], Path(resolve(REFERENCE))).items()
+    found = load(name, folder, source.pipeline)
+    own = (Adapter(few_step_adapters(name)),) if model == FEW_STEP else ()
+    return source.with_student(found.unet, name, own)

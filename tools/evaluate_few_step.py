@@ -144,7 +144,7 @@ def hybrid_pictures(
     with counting(words, len(prompts)) as advance:
         for i in range(0, len(prompts), _BATCH):
             rows, chosen = list(prompts[i : i + _BATCH]), list(seeds[i : i + _BATCH])
-            latents = _latents(networks, rows, chosen, num_steps, split, guidance)
+            latents = hybrid_latents(networks, rows, chosen, num_steps, split, guidance)
             vae = networks.pipeline.vae
             with torch.inference_mode():
                 parts.append(vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0].clamp(-1, 1))
@@ -152,10 +152,15 @@ def hybrid_pictures(
     return torch.cat(parts)
 
 
-def _latents(
-    networks: Networks, prompts: list[str], seeds: list[int], num_steps: int, split: int, guidance: float | None
+def hybrid_latents(
+    networks: Networks,
+    prompts: list[str],
+    seeds: list[int],
+    num_steps: int,
+    split: int,
+    guidance: float | None = None,
 ) -> Any:
-    """(B, C, h, w) after all steps."""
+    """Latents (B, C, h, w) after all steps; `guidance` as in `hybrid_pictures`."""
     import diffusers
     import torch
     from latentrelay.reference.pipeline import GUIDANCE

@@ -136,6 +136,37 @@ def test_a_cloud_without_the_distilled_teacher_is_refused(
     assert (mismatch.value.field, mismatch.value.exit_status) == ("model_digest", 3)
 
 
+def test_a_students_bundle_goes_on_where_the_distilled_teacher_stopped(
+    tiny: Any, serve_cloud: Callable[..., AbstractContextManager[str]], uninterrupted: Any, tmp_path: Path
+) -> None:
+    """Another U-Net on the device, under the teacher's digest: steps 0 .. k-1 by one network, the rest by the other."""
+    from latentrelay.export import export, load_source
+    from latentrelay.runtime.digest import weights_digest
+    from latentrelay.tools.evaluate_few_step import Networks, hybrid_latents
+
+    teacher = tiny.make_pipeline(tmp_path / "teacher", sampler="lcm", prediction_type="v_prediction", seed=3)
+    student = tiny.make_unet(widths=(8, 12), heads=1)
+    source = load_source(teacher)
+    built = export(source.with_student(student, "small"), "pixel-8", tmp_path / "bundle", num_steps=STEPS)
+    manifest = Bundle.open(built.bundle).manifest
+    own = weights_digest((name, value.numpy()) for name, value in student.state_dict().items())
+    assert manifest.source.digest == source.digest
+    assert manifest.additional_metadata["student"] == {"name": "small", "digest": own}
+    assert source.pipeline.unet is teacher.unet
+    networks = Networks(teacher, student)
+    with (
+        serve_cloud(teacher) as url,
+        CloudClient(url) as client,
+        Session(Bundle.open(built.bundle), threads=1) as session,
+    ):
+        for split in range(STEPS + 1):
+            found = generate(
+                session, PROMPT, seed=SEED, cloud=client, split=split, wire_dtype="float32", fallback=False
+            )
+            wanted = hybrid_latents(networks, [PROMPT], [SEED], STEPS, split)
+            assert uninterrupted.snr_db(wanted.numpy(), found.latents) >= EQUAL_DB, f"split {split}"
+
+
 def test_export_wants_a_source_that_was_distilled(tiny: Any, pipeline: Any, tmp_path: Path) -> None:
     from latentrelay.export import export
 
