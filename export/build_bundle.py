@@ -32,6 +32,7 @@ from latentrelay.export.reference_run import record_run
 from latentrelay.export.selftest import write_selftest
 from latentrelay.export.source import SourceModel, load_source
 from latentrelay.export.step_graph import FewStepTail, StepHead, StepTail
+from latentrelay.export.student import with_student
 from latentrelay.export.tokenizer_file import write_tokenizer
 from latentrelay.runtime.errors import RequestError
 from latentrelay.runtime.samplers import SamplerRule, is_few_step, sampler_for, sampler_rule, scheduler_digest
@@ -79,6 +80,7 @@ def export(
     progress: Progress | None = None,
     overwrite: bool = False,
     light_vae: Any = None,
+    student: Any = None,
 ) -> ExportResult:
     """Export a Stable Diffusion pipeline as a bundle for a device.
 
@@ -89,7 +91,8 @@ def export(
     in the network and the bundle's is 1. "lcm" is for networks distilled to latent consistency; where the source does
     not say that it is one (its scheduler is LCM's), `few_step=True` says so. `progress` is called with one sentence per
     stage. `light_vae`: an AutoencoderTiny, or the folder of one, whose decoder the bundle holds in the place of the
-    source's; latents on the wire, and which cloud model may start a run, stay the source's.
+    source's; latents on the wire, and which cloud model may start a run, stay the source's. `student`: a compressed
+    U-Net, or the folder that `latentrelay compress` wrote, which runs on the device in the place of the source's.
 
     Raises ExportError and its kin (source, architecture, output, parity), UnsupportedSchedulerError, ProfileError,
     RequestError.
@@ -104,7 +107,10 @@ def export(
     stages = _Stages(progress or (lambda words: None))
     with stages("source", "reading the source pipeline"):
         source = load_source(pipeline_or_model)
-    scheduler, plan = _schedule(source, target, sampler, num_steps, few_step)
+        compression: Mapping[str, Any] = {}
+        if student is not None:
+            source, compression = with_student(source, student)
+    scheduler, plan = _schedule(source, target, sampler, num_steps, few_step, compression)
     if sampler_rule(plan.recipe.sampler).branches == 1:
         guidance = 1.0
     downscale = 2 ** (len(source.pipeline.vae.config.block_out_channels) - 1)
@@ -117,7 +123,12 @@ def export(
 
 
 def _schedule(
-    source: SourceModel, profile: DeviceProfile, sampler: str | None, num_steps: int, few_step: bool
+    source: SourceModel,
+    profile: DeviceProfile,
+    sampler: str | None,
+    num_steps: int,
+    few_step: bool,
+    compression: Mapping[str, Any],
 ) -> tuple[Any, Plan]:
     own = source.pipeline.scheduler
     name = sampler or sampler_for(type(own).__name__)
@@ -135,6 +146,7 @@ def _schedule(
         rule.scheduler_class,
         digest,
         solver_table(scheduler, num_steps),
+        compression,
     )
     return scheduler, plan
 
