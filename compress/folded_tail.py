@@ -18,30 +18,31 @@ from torch.nn import functional as F
 
 
 class FoldedTail(nn.Module):
-    """x (N, C, h, w) -> (N, outputs, 2h, 2w), equal to `second(first(upsample(x)))`; both are 3x3 with padding 1, and
-    `first` has no bias. `freeze` folds once and for all; before that gradients reach both convolutions."""
+    """x (N, C, h, w) -> (N, outputs, 2h, 2w), equal to `gain * second(first(upsample(x))) + offset`; both are 3x3 with
+    padding 1, and `first` has no bias. `freeze` folds once and for all; before that gradients reach both."""
 
-    def __init__(self, first: nn.Conv2d, second: nn.Conv2d) -> None:
+    def __init__(self, first: nn.Conv2d, second: nn.Conv2d, gain: float = 1.0, offset: float = 0.0) -> None:
         super().__init__()
-        self.first, self.second = first, second
+        self.first, self.second, self.gain, self.offset = first, second, gain, offset
         self.frozen: Tensor | None = None
 
     def freeze(self) -> None:
         """Fold the kernel now; later changes of the weights go unseen."""
         del self.frozen
-        self.register_buffer("frozen", folded_kernel(self.first.weight, self.second.weight).detach())
+        self.register_buffer("frozen", folded_kernel(self.first.weight, self.second.weight * self.gain).detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """One convolution, the pixel shuffle, and the border put right."""
-        kernel = folded_kernel(self.first.weight, self.second.weight) if self.frozen is None else self.frozen
-        bias = cast(Tensor, self.second.bias).repeat_interleave(4)
+        first, second = self.first.weight, self.second.weight * self.gain
+        kernel = folded_kernel(first, second) if self.frozen is None else self.frozen
+        bias = (cast(Tensor, self.second.bias) * self.gain + self.offset).repeat_interleave(4)
         inside = F.pixel_shuffle(F.conv2d(x, kernel, bias, padding=1), 2)
-        return inside - self._beyond(x)
+        return inside - self._beyond(x, first, second)
 
-    def _beyond(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def _beyond(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """What the fold adds to the outermost pixels: `second` of `first`'s response one pixel beyond each border. The
         strips above and below hold the corners."""
-        first, second = self.first.weight, self.second.weight
         above = _strip(x[:, :, :1], first[:, :, 2:], second[:, :, :1], corners=True)
         below = _strip(x[:, :, -1:], first[:, :, :1], second[:, :, 2:], corners=True)
         left = _strip(x[..., :1], first[..., 2:], second[..., :1], corners=False)
@@ -58,7 +59,8 @@ def _strip(x: Tensor, first: Tensor, second: Tensor, *, corners: bool) -> Tensor
     along = 3 if first.shape[2] == 1 else 2
     pads = (0, 1) if along == 3 else (1, 0)
     reach = 2 if corners else 1
-    response = F.conv2d(x.repeat_interleave(2, along), first, padding=(pads[0] * reach, pads[1] * reach))
+    wide = F.interpolate(x, scale_factor=(1.0, 2.0) if along == 3 else (2.0, 1.0), mode="nearest")
+    response = F.conv2d(wide, first, padding=(pads[0] * reach, pads[1] * reach))
     return F.conv2d(response, second, padding=0 if corners else pads)
 
 
@@ -82,12 +84,12 @@ class FoldedDecoder(nn.Module):
         super().__init__()
         layers = list(cast(nn.Sequential, decoder.layers))
         self.body = nn.Sequential(*layers[:-3])
-        self.tail = FoldedTail(cast(nn.Conv2d, layers[-2]), cast(nn.Conv2d, layers[-1]))
+        self.tail = FoldedTail(cast(nn.Conv2d, layers[-2]), cast(nn.Conv2d, layers[-1]), gain=2.0, offset=-1.0)
 
     def forward(self, latents: Tensor) -> Tensor:
         """As `DecoderTiny.forward`: a soft clamp, the layers, [0, 1] to [-1, 1]."""
         picture: Tensor = self.tail(self.body(torch.tanh(latents / 3) * 3))
-        return picture * 2 - 1
+        return picture
 
 
 def folds(decoder: nn.Module) -> bool:

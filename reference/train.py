@@ -55,7 +55,7 @@ LIGHT_DECODER = Recipe(
     ema_decay=0.995,
     mixed_precision="bf16",
 )
-LIGHT_ENCODER = replace(LIGHT_DECODER, steps=500, warmup=50, ema_decay=0.99, seed=1)
+LIGHT_ENCODER = replace(LIGHT_DECODER, steps=1500, warmup=50, ema_decay=0.99, seed=1)
 CPU = Recipes(
     widths=unet.WIDTHS["cpu"],
     scenes=(60_000, 18_000),
