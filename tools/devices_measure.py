@@ -28,7 +28,7 @@ from latentrelay.tools.time_graphs import (
     time_bundle,
     time_parts,
 )
-from latentrelay.tools.unet_parts import PARTS
+from latentrelay.tools.unet_parts import PARTS, Part
 
 NEEDED_MIB = 1536
 
@@ -47,8 +47,9 @@ def run(
     runs: int = 7,
     overwrite: bool = False,
     as_json: bool = False,
+    parts: tuple[Part, ...] = PARTS,
 ) -> None:
-    """Measure, write the profile and say what is in it."""
+    """Measure, write the profile and say what is in it. With fewer `parts`, the U-Net's time is theirs only."""
     if runs < MIN_RUNS:
         raise RequestError("too few runs for a median", got=runs, expected=f"{MIN_RUNS} or more")
     machine, providers = read_machine(), chosen_providers(provider or [])
@@ -61,16 +62,18 @@ def run(
                 expected=f"{NEEDED_MIB} MiB or more",
                 do="Copy a smaller device's profile and change its numbers, or lift the memory limit.",
             )
-        measured = _measure(machine, providers, output.absolute().parent, bundle, runs)
+        measured = _measure(machine, providers, output.absolute().parent, bundle, runs, parts)
         now = datetime.now(UTC)
         profile = profile_of(output.stem, measured, now.date().isoformat())
         write(profile, _comment(profile, now))
     _report(profile, measured, output, as_json)
 
 
-def _measure(machine: Machine, providers: tuple[str, ...], folder: Path, bundle: Path | None, runs: int) -> Measured:
+def _measure(
+    machine: Machine, providers: tuple[str, ...], folder: Path, bundle: Path | None, runs: int, parts: tuple[Part, ...]
+) -> Measured:
     rounds = [False, True] if providers == (CPU,) and machine.int8_flags else [False]
-    with counting("measuring", len(PARTS) * len(rounds)) as advance:
+    with counting("measuring", len(parts) * len(rounds)) as advance:
 
         def progress(words: str) -> None:
             advance(words, 1)
@@ -79,12 +82,12 @@ def _measure(machine: Machine, providers: tuple[str, ...], folder: Path, bundle:
         if bundle is not None:
             opened, timings = time_bundle(bundle, providers=providers, threads=machine.cores, runs=runs)
             anchors = bundle_anchors(opened.manifest, machine, timings)
-        parts = [
-            time_parts(int8=int8, providers=providers, threads=machine.cores, runs=runs, progress=progress)
+        timed = [
+            time_parts(parts, int8=int8, providers=providers, threads=machine.cores, runs=runs, progress=progress)
             for int8 in rounds
         ]
-    parts.sort(key=lambda each: each.planned_ms())
-    return Measured(machine, tuple(parts), largest_file(folder), anchors)
+    timed.sort(key=lambda each: each.planned_ms())
+    return Measured(machine, tuple(timed), largest_file(folder), anchors)
 
 
 def _comment(profile: DeviceProfile, now: datetime) -> str:

@@ -17,7 +17,7 @@ from latentrelay.device_profiles import SCHEMA_VERSION, DeviceProfile, list_prof
 from latentrelay.runtime.manifest import Manifest
 from latentrelay.tools.machine import Machine
 from latentrelay.tools.time_graphs import CPU, WARM_UPS, PartTimings, Timing, available_providers
-from latentrelay.tools.unet_parts import PARTS, WHOLE_MACS
+from latentrelay.tools.unet_parts import WHOLE_MACS
 
 FULL_UNET_M = 859.5
 _BYTES = {"fp32": 4, "w8a8": 1}
@@ -149,10 +149,10 @@ def _anchors(measured: Measured) -> list[dict[str, Any]]:
     machine = measured.machine
     threads = _counted(machine.cores, "thread")
     common = {"component": "unet", "device": f"{machine.cpu}, {threads}", "source": _SOURCE}
-    macs = sum(part.macs for part in PARTS) / 1e9
     whole, timed = [], []
     for parts in measured.parts:
-        runs = parts.timings[0].runs
+        runs, number = parts.timings[0].runs, len(parts.parts)
+        macs = sum(part.macs for part in parts.parts) / 1e9
         load = f"processor time {parts.cpu_share:.2f} of wall time x {threads}"
         busy = "; other work ran at the same time" if parts.busy else ""
         planned = f": counted by processor time, by wall time {parts.whole_ms():.0f} ms" if parts.busy else ""
@@ -160,7 +160,7 @@ def _anchors(measured: Measured) -> list[dict[str, Any]]:
             common
             | {"model": "SD 1.5", "precision": parts.precision, "ms": round(parts.planned_ms(), 1), "label": "estimate"}
             | {
-                "conditions": f"scaled from the {len(PARTS)} parts timed here, each by how many multiply-adds of its "
+                "conditions": f"scaled from the {number} parts timed here, each by how many multiply-adds of its "
                 f"kind and level the whole U-Net has ({sum(WHOLE_MACS.values()) / 1e9:.0f} G at 64x64 latents, "
                 f"attention counted in); fastest runs {parts.whole_ms('fastest_ms'):.0f}, slowest "
                 f"{parts.whole_ms('slowest_ms'):.0f} ms; {load}{busy}{planned}"
@@ -171,7 +171,7 @@ def _anchors(measured: Measured) -> list[dict[str, Any]]:
             | {"model": "SD 1.5, one resnet or transformer block of each kind", "precision": parts.precision}
             | {"ms": round(parts.parts_ms(), 1), "label": "measured"}
             | {
-                "conditions": f"{len(PARTS)} graphs with random weights, {macs:.1f} G multiply-adds, batch 1, through "
+                "conditions": f"{number} graphs with random weights, {macs:.1f} G multiply-adds, batch 1, through "
                 f"{parts.providers[0]}: sum of medians of {runs} runs after {WARM_UPS} warm-ups; fastest "
                 f"{parts.parts_ms('fastest_ms'):.0f}, slowest {parts.parts_ms('slowest_ms'):.0f} ms; {load}{busy}"
             }

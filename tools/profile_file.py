@@ -18,7 +18,7 @@ from typing import Any
 
 from latentrelay.device_profiles import DeviceProfile, ProfileFileError, validate_file
 from latentrelay.device_profiles.schema import normalised
-from latentrelay.runtime.errors import REFUSED, LatentRelayError, RequestError
+from latentrelay.runtime.errors import MISUSED, LatentRelayError, RequestError
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -26,7 +26,7 @@ _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 class ProfileExistsError(LatentRelayError):
     """The output file is there already and replacing it was not asked for."""
 
-    exit_status = REFUSED
+    exit_status = MISUSED
 
 
 @contextlib.contextmanager

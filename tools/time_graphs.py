@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ import numpy as np
 from latentrelay.runtime.bundle import Bundle
 from latentrelay.runtime.errors import RequestError, SessionError
 from latentrelay.runtime.session import Session
-from latentrelay.tools.unet_parts import PARTS, Part, part_graph, part_inputs
+from latentrelay.tools.unet_parts import Part, part_graph, part_inputs
 
 CPU = "CPUExecutionProvider"
 REMOTE = ("AzureExecutionProvider",)  # runs graphs on somebody else's machine
 WARM_UPS, MIN_RUNS = 2, 5
 QUIET = 0.8  # of the threads' time; a quiet machine gives 0.95 and more
 _ERRORS_ONLY = 3
+_OTHERS = "Name providers that can, for example --provider CPUExecutionProvider."
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class PartTimings:
-    """All parts of the U-Net in one precision, in the order of PARTS, and the providers that ran them."""
+    """The parts of the U-Net in one precision, a timing each, and the providers that ran them."""
 
     precision: str
+    parts: tuple[Part, ...]
     timings: tuple[Timing, ...]
     providers: tuple[str, ...]
 
@@ -59,13 +61,16 @@ class PartTimings:
 
     def whole_ms(self, which: str = "ms") -> float:
         """The whole U-Net, one call for one branch: every part's time by how often the U-Net has it (an estimate)."""
-        return sum(float(getattr(each, which)) * part.weight for part, each in zip(PARTS, self.timings, strict=True))
+        return sum(float(getattr(each, which)) * part.weight for part, each in self._pairs())
 
     def planned_ms(self) -> float:
         """The same from processor time where other work ran, because wall time is then that work's too."""
         if not self.busy:
             return self.whole_ms()
-        return sum(each.ms * each.cpu_share * part.weight for part, each in zip(PARTS, self.timings, strict=True))
+        return sum(each.ms * each.cpu_share * part.weight for part, each in self._pairs())
+
+    def _pairs(self) -> Iterator[tuple[Part, Timing]]:
+        return zip(self.parts, self.timings, strict=True)
 
     def parts_ms(self, which: str = "ms") -> float:
         """What was really run: every part once."""
@@ -90,18 +95,24 @@ def chosen_providers(asked: Sequence[str]) -> tuple[str, ...]:
 
 
 def time_parts(
-    *, int8: bool, providers: Sequence[str], threads: int, runs: int, progress: Callable[[str], None]
+    parts: tuple[Part, ...],
+    *,
+    int8: bool,
+    providers: Sequence[str],
+    threads: int,
+    runs: int,
+    progress: Callable[[str], None],
 ) -> PartTimings:
-    """Time every part of the U-Net; needs about 1.4 GiB for the largest. Raises SessionError."""
+    """Time every part; needs about 1.4 GiB for the largest of PARTS. Raises SessionError."""
     timings: list[Timing] = []
     used: list[tuple[str, ...]] = []
     precision = "w8a8" if int8 else "fp32"
-    for part in PARTS:
+    for part in parts:
         progress(f"timing {part.name}, {precision}")
         timing, set_up = _time_part(part, int8=int8, providers=providers, threads=threads, runs=runs)
         timings.append(timing)
         used.append(set_up)
-    return PartTimings(precision, tuple(timings), max(used, key=len))
+    return PartTimings(precision, parts, tuple(timings), max(used, key=len))
 
 
 def _time_part(
@@ -109,7 +120,7 @@ def _time_part(
 ) -> tuple[Timing, tuple[str, ...]]:
     session = _session(part, int8=int8, providers=providers, threads=threads)
     inputs = part_inputs(part)
-    timing = time_runs(part.name, lambda: _finite(part, session.run(None, inputs)[0]), runs, threads)
+    timing = time_runs(part.name, lambda: _run(part, session, inputs), runs, threads)
     return timing, tuple(session.get_providers())
 
 
@@ -158,10 +169,14 @@ def _session(part: Part, *, int8: bool, providers: Sequence[str], threads: int) 
         except Exception as error:  # the binding's own classes share no narrower root
             raise SessionError(
                 f"ONNX Runtime cannot load {part.name} with {', '.join(providers)}: {error}",
-                do="Name providers that can, for example --provider CPUExecutionProvider.",
+                do=_OTHERS,
             ) from error
 
 
-def _finite(part: Part, output: Any) -> None:
+def _run(part: Part, session: Any, inputs: dict[str, Any]) -> None:
+    try:
+        (output,) = session.run(None, inputs)
+    except Exception as error:  # as above; out of memory comes here too
+        raise SessionError(f"ONNX Runtime failed in {part.name}: {error}", do=_OTHERS) from error
     if not np.isfinite(output).all():
-        raise SessionError(f"{part.name} gave values that are not finite", do="Name another --provider.")
+        raise SessionError(f"{part.name} gave values that are not finite", do=_OTHERS)

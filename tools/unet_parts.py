@@ -115,9 +115,9 @@ def _attention(layers: _Layers, x: str, source: str, pixels: int, width: int, of
     def heads(states: str, rows: int, order: list[int]) -> str:
         return graph.add("Transpose", layers.reshape(states, (1, rows, HEADS, head)), perm=order)
 
-    q = heads(layers.linear(x, width, width, bias=False), pixels, [0, 2, 1, 3])
-    k = heads(layers.linear(source, source_width, width, bias=False), length, [0, 2, 3, 1])
-    v = heads(layers.linear(source, source_width, width, bias=False), length, [0, 2, 1, 3])
+    q = heads(layers.projection(x, width, width), pixels, [0, 2, 1, 3])
+    k = heads(layers.projection(source, source_width, width), length, [0, 2, 3, 1])
+    v = heads(layers.projection(source, source_width, width), length, [0, 2, 1, 3])
     scores = graph.add("Mul", graph.add("MatMul", q, k), layers.number(head**-0.5))
     mixed = graph.add("MatMul", graph.add("Softmax", scores, axis=-1), v)
     joined = layers.reshape(graph.add("Transpose", mixed, perm=[0, 2, 1, 3]), (1, pixels, width))
@@ -138,9 +138,13 @@ class _Layers:
         y = self.graph.add("Conv", self._rounded(x), weight, pads=[side // 2] * 4, kernel_shape=[side, side])
         return self._rounded(y)
 
-    def linear(self, x: str, inputs: int, outputs: int, *, bias: bool = True) -> str:
-        y = self._rounded(self.graph.add("MatMul", self._rounded(x), self._weight((inputs, outputs), inputs)))
-        return self.graph.add("Add", y, self.graph.constant(np.zeros(outputs, np.float32))) if bias else y
+    def linear(self, x: str, inputs: int, outputs: int) -> str:
+        y = self._rounded(self.projection(x, inputs, outputs))
+        return self.graph.add("Add", y, self.graph.constant(np.zeros(outputs, np.float32)))
+
+    def projection(self, x: str, inputs: int, outputs: int) -> str:
+        """Without bias, and not rounded after: ONNX Runtime would make the products of attention 8-bit ones too."""
+        return self.graph.add("MatMul", self._rounded(x), self._weight((inputs, outputs), inputs))
 
     def group_norm(self, x: str, part: Part) -> str:
         unit = self.graph.constant(np.ones(GROUPS, np.float32)), self.graph.constant(np.zeros(GROUPS, np.float32))
