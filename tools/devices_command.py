@@ -15,7 +15,9 @@ def show_list(folder: Path | None, as_json: bool) -> None:
     rows = [[*_summary(item)] for item in profiles]
     columns = ["name", "device", "precision", "memory for an app", "U-Net"]
     document = {"profiles": [item.model_dump(mode="json") for item in profiles]}
-    emit(document, as_json, lambda console: console.print(table(columns, rows)))
+    shown = table(columns, rows)
+    shown.columns[1].justify = "left"
+    emit(document, as_json, lambda console: console.print(shown))
 
 
 def _summary(item: DeviceProfile) -> tuple[str, str, str, str, str]:
@@ -41,23 +43,36 @@ def validate(file: Path, as_json: bool) -> None:
 def _describe(profile: DeviceProfile, console: Console) -> None:
     memory, target, defaults = profile.memory, profile.target_unet_parameters, profile.defaults
     ceiling = f"{memory.application_ceiling_mib} of {memory.total_mib} MiB"
+    npu = f"{profile.npu.count} ({profile.npu.name})" if profile.npu.name else str(profile.npu.count)
     facts = {
+        "also called": ", ".join(profile.aliases) or "nothing else",
         "chipset": profile.chipset,
+        "neural accelerators": npu + (f", {profile.npu.tops:g} TOPS" if profile.npu.tops else ""),
         "system": profile.os,
         "student class": profile.student_class,
         "precision": profile.target_precision,
         "memory for an app": f"{ceiling} ({memory.ceiling_label}: {memory.ceiling_derivation})",
         "largest file": f"{memory.largest_file_mib} MiB ({memory.largest_file_reason})",
         "U-Net": f"{target.parameters / 1e6:.0f}M parameters, limited by {target.limited_by}: {target.derivation}",
+        "computes": _support(profile),
         "backend": f"{profile.backend.name}: " + ", ".join(each.name for each in profile.backend.execution_providers),
         "picture": f"{defaults.height}x{defaults.width}, {defaults.num_steps} steps, {defaults.split} in the cloud",
     }
     rows = list(facts.items())
     for anchor in profile.latency:
         figure = f"{anchor.ms:g} ms, {anchor.model} {anchor.precision}, {anchor.label}"
-        rows.append((anchor.component, f"{figure}, {anchor.device} ({anchor.source})"))
+        more = f": {anchor.conditions}" if anchor.conditions else ""
+        rows.append((anchor.component, f"{figure}, {anchor.device} ({anchor.source}){more}"))
     for source in profile.sources:
         rows.append((f"source {source.id}", f"{source.title} {source.url or ''}".strip()))
     console.print(f"[bold]{printable(profile.title)}[/] ({profile.name})")
     for name, value in rows:
         console.print(f"  [bold]{name}[/]: {printable(value)}")
+
+
+def _support(profile: DeviceProfile) -> str:
+    support = profile.support
+    kinds = [name for name in ("fp16", "int8", "int4") if getattr(support, name)]
+    shapes = "static shapes only" if support.static_shapes_only else "any shapes"
+    denied = f", no {', '.join(support.denied_ops)}" if support.denied_ops else ""
+    return f"{', '.join(['fp32', *kinds])}; {shapes}{denied}"
