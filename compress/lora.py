@@ -29,7 +29,7 @@ FEW_STEP = "latentrelay.few_step"  # metadata of a consistency adapter: JSON, `{
 _DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
 _UP = (".lora_B.weight", ".lora_up.weight", ".lora.up.weight")
 _ALPHA = (".alpha",)
-_CHUNK = 1 << 16  # elements added at a time: what a core keeps in its cache
+_CHUNK = 1 << 17  # elements added at a time: what a core keeps in its cache
 
 
 @dataclass(frozen=True)
