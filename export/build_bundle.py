@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import diffusers
 import torch
+from latentrelay.compress.lora import Adapter
 from latentrelay.compress.plan import Plan, PlanSource, full_plan
 from latentrelay.compress.solver_tables import solver_table
 from latentrelay.device_profiles import DeviceProfile, load_profile
@@ -81,6 +82,7 @@ def export(
     overwrite: bool = False,
     light_vae: Any = None,
     student: Any = None,
+    student_loras: Sequence[Adapter] = (),
 ) -> ExportResult:
     """Export a Stable Diffusion pipeline as a bundle for a device.
 
@@ -92,7 +94,8 @@ def export(
     not say that it is one (its scheduler is LCM's), `few_step=True` says so. `progress` is called with one sentence per
     stage. `light_vae`: an AutoencoderTiny, or the folder of one, whose decoder the bundle holds in the place of the
     source's; latents on the wire, and which cloud model may start a run, stay the source's. `student`: a compressed
-    U-Net, or the folder that `latentrelay compress` wrote, which runs on the device in the place of the source's.
+    U-Net, or the folder that `latentrelay compress` wrote, which runs on the device in the place of the source's,
+    with `student_loras` merged into it.
 
     Raises ExportError and its kin (source, architecture, output, parity), UnsupportedSchedulerError, ProfileError,
     RequestError.
@@ -109,7 +112,7 @@ def export(
         source = load_source(pipeline_or_model)
         compression: Mapping[str, Any] = {}
         if student is not None:
-            source, compression = with_student(source, student)
+            source, compression = with_student(source, student, student_loras)
     scheduler, plan = _schedule(source, target, sampler, num_steps, few_step, compression)
     if sampler_rule(plan.recipe.sampler).branches == 1:
         guidance = 1.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +38,6 @@ class SourceModel:
     licence: str
     revision: str | None
     notes: Mapping[str, Any] = field(default_factory=dict)
-
-    def with_student(self, unet: Any, name: str, loras: Sequence[Adapter] = ()) -> SourceModel:
-        """The same source, whose digest says which cloud may start a run, with another U-Net for the device's steps.
-
-        `unet`: a U-Net in float32 (changed in place by `loras`, its own adapters). `name` is what the manifest says.
-        Raises UnsupportedSourceError, AdapterError.
-        """
-        own = self.pipeline
-        parts = {part: getattr(own, part) for part in ("vae", "text_encoder", "tokenizer", "scheduler")}
-        pipeline = type(own)(
-            **parts, unet=unet, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-        merged = merge(pipeline, loras)
-        pipeline.scheduler = own.scheduler
-        check_architecture(pipeline)
-        unet.eval().requires_grad_(False)
-        weights = ((key, tensor.detach().cpu().numpy()) for key, tensor in unet.state_dict().items())
-        student: dict[str, Any] = {"name": name, "digest": weights_digest(weights)}
-        if merged:
-            student["adapters"] = [each.document() for each in merged]
-        return replace(self, pipeline=pipeline, notes={**self.notes, "student": student})
 
 
 def load_source(

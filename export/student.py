@@ -7,6 +7,7 @@ A student's folder says which source it was made from; another source is refused
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from latentrelay.compress.errors import PlanError, UnitError
+from latentrelay.compress.lora import Adapter, merge
 from latentrelay.compress.plan import PLAN_JSON, Plan
 from latentrelay.compress.student_unet import StudentUNet2DConditionModel
 from latentrelay.export.errors import SourceError, UnsupportedSourceError
@@ -24,17 +26,23 @@ _CLASSES = {each.__name__: each for each in (StudentUNet2DConditionModel, UNet2D
 _MUST_AGREE = ("in_channels", "out_channels", "cross_attention_dim", "sample_size")
 
 
-def with_student(source: SourceModel, student: Any) -> tuple[SourceModel, dict[str, Any]]:
+def with_student(
+    source: SourceModel, student: Any, adapters: Sequence[Adapter] = ()
+) -> tuple[SourceModel, dict[str, Any]]:
     """The source with the student in its U-Net's place, its identity unchanged, and the Plan's `compression`.
 
-    `student`: a U-Net, or the folder that `latentrelay compress` wrote (or any with `unet/` in diffusers' layout). The
-    source's own pipeline is left as it was. Raises SourceError where it cannot be read, UnsupportedSourceError where it
-    does not fit or was made from another source.
+    `student`: a U-Net (in float32 it is changed in place), or the folder that `latentrelay compress` wrote (or any with
+    `unet/` in diffusers' layout). `adapters` are merged into the student. The source's own pipeline is left as it was.
+    Raises SourceError where it cannot be read, UnsupportedSourceError where it does not fit or was made from another
+    source, AdapterError.
     """
     compression: dict[str, Any] = {}
+    name = "student"
     if isinstance(student, (str, Path)):
-        compression = _compression(Path(student), source)
-        student = _load(Path(student))
+        folder = Path(student)
+        name = (folder.parent if folder.name == "unet" else folder).resolve().name
+        compression = _compression(folder, source)
+        student = _load(folder)
     own, theirs = source.pipeline.unet.config, student.config
     for setting in _MUST_AGREE:
         got, expected = _plain(theirs.get(setting)), _plain(own.get(setting))
@@ -42,16 +50,22 @@ def with_student(source: SourceModel, student: Any) -> tuple[SourceModel, dict[s
             raise UnsupportedSourceError(f"student's {setting}", got=got, expected=expected)
     torch.nn.Module.to(student, device="cpu", dtype=torch.float32, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     student.eval().requires_grad_(False)
-    parameters = sum(parameter.numel() for parameter in student.parameters())
-    arrays = ((name, tensor.detach().cpu().numpy()) for name, tensor in student.state_dict().items())
-    record = {**compression, "parameters": parameters, "student_digest": weights_digest(arrays)}
     pipeline: Any = source.pipeline
-    parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    parts = {part: getattr(pipeline, part) for part in ("vae", "text_encoder", "tokenizer", "scheduler")}
     swapped = type(pipeline)(
         **parts, unet=student, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     swapped.set_progress_bar_config(disable=True)
-    return replace(source, pipeline=swapped), record
+    merged = merge(swapped, adapters)
+    swapped.scheduler = pipeline.scheduler  # an adapter for few steps brings one; the source's is the bundle's
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    arrays = ((key, tensor.detach().cpu().numpy()) for key, tensor in student.state_dict().items())
+    digest = weights_digest(arrays)
+    record: dict[str, Any] = {**compression, "parameters": parameters, "student_digest": digest}
+    note: dict[str, Any] = {"name": name, "digest": digest, "parameters": parameters}
+    if merged:
+        record["adapters"] = note["adapters"] = [each.document() for each in merged]
+    return replace(source, pipeline=swapped, notes={**source.notes, "student": note}), record
 
 
 def _compression(folder: Path, source: SourceModel) -> dict[str, Any]:

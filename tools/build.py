@@ -38,9 +38,11 @@ def run(
     loras: Sequence[str] = (),
     few_step: bool = False,
     student: str | None = None,
+    light_vae: str | None = None,
 ) -> None:
-    """Build and print. `student`: a released name or a folder whose U-Net runs the device's steps; with
-    'reference-few-step' a released one gets its consistency adapters."""
+    """Build and print. `student`: a released name or a folder whose U-Net runs the device's steps ("none": the
+    source's); with 'reference-few-step' a released one gets its consistency adapters. `light_vae`: "released", a
+    folder, or "none"."""
     profile = load_profile(device, profiles)
     with extra("export", "building a bundle"):
         from latentrelay.export import export, load_source
@@ -50,8 +52,6 @@ def run(
         source = load_source(
             resolve(model), revision, name=public_name(model), config=config, loras=adapters(model, loras)
         )
-        if student is not None:
-            source = _with_student(source, model, student)
         reason = sampler_reason(type(source.pipeline.scheduler).__name__)
         if sampler is None and reason is not None:
             err.print(f"[yellow]sampler:[/] {reason}")
@@ -67,6 +67,7 @@ def run(
             few_step=few_step,
             progress=lambda words: advance(words, 1),
             overwrite=overwrite,
+            **_device_s(model, student, light_vae),
         )
     document: dict[str, Any] = {
         "bundle": str(result.bundle),
@@ -85,11 +86,16 @@ def run(
     emit(document, as_json, show)
 
 
-def _with_student(source: Any, model: str, wanted: str) -> Any:
+def _device_s(model: str, student: str | None, light_vae: str | None) -> dict[str, Any]:
+    """What runs on the device in the place of the source's own networks, as arguments of `export`."""
     from latentrelay.compress.lora import Adapter
-    from latentrelay.tools.students import find, load
+    from latentrelay.tools.students import find
 
-    ((name, folder),) = find([wanted], Path(resolve(REFERENCE))).items()
-    found = load(name, folder, source.pipeline)
-    own = (Adapter(few_step_adapters(name)),) if model == FEW_STEP else ()
-    return source.with_student(found.unet, name, own)
+    chosen: dict[str, Any] = {}
+    if student not in (None, "none"):
+        ((name, folder),) = find([student], Path(resolve(REFERENCE))).items()
+        chosen["student"] = folder.parent if folder.name == "unet" else folder
+        chosen["student_loras"] = (Adapter(few_step_adapters(name)),) if model == FEW_STEP else ()
+    if light_vae not in (None, "none"):
+        chosen["light_vae"] = Path(resolve(REFERENCE)) / "light_vae" if light_vae == "released" else Path(light_vae)
+    return chosen

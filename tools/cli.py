@@ -149,6 +149,14 @@ def build(
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")] = None,
     guidance: Annotated[float | None, typer.Option(help="The bundle's default guidance scale.")] = None,
+    student: Annotated[
+        str | None, typer.Option(help="What runs on the device: a released student's name, a folder, or none.")
+    ] = None,
+    light_vae: Annotated[
+        str | None, typer.Option(help="What decodes on the device: released, a folder of an AutoencoderTiny, or none.")
+    ] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="Adapters merged into the model: FILE or FILE:SCALE.")] = None,
+    few_step: Annotated[bool, typer.Option(help="The model was distilled to latent consistency.")] = False,
     profiles: ProfileFolder = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a bundle that is there.")] = False,
     as_json: Json = False,
@@ -167,6 +175,10 @@ def build(
         height=height,
         width=width,
         guidance=guidance,
+        student=student,
+        light_vae=light_vae,
+        loras=lora or (),
+        few_step=few_step,
         profiles=profiles,
         overwrite=overwrite,
         as_json=as_json,
@@ -276,11 +288,16 @@ def evaluate(
         list[str] | None, typer.Option(help="For --sweep: a released name or a folder; repeat for more; else all.")
     ] = None,
     splits: Annotated[str | None, typer.Option(help="For --sweep: first steps on the device, as in '8,25'.")] = None,
-    decoder: Annotated[str | None, typer.Option(help="For --sweep: the device's decoder, light or source.")] = None,
+    vae: Annotated[bool, typer.Option("--vae", help="The light autoencoder beside the source's, instead.")] = False,
+    decoder: Annotated[
+        str | None, typer.Option(help="The device's decoder: for --sweep light or source, or a light VAE's folder.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="For --sweep: the folder.")] = Path("runs/sweep"),
     as_json: Json = False,
 ) -> None:
     """Score a model's pictures of held-out Scenes captions with the judge; with --sweep, of its hybrid runs."""
+    if sweep and vae:
+        raise typer.BadParameter("--sweep and --vae are two evaluations; ask for one")
     if sweep:
         from latentrelay.tools import sweep as sweeping
 
@@ -297,6 +314,12 @@ def evaluate(
             data_split=split,
             as_json=as_json,
         )
+        return
+    if vae:
+        from latentrelay.tools import evaluate_vae
+
+        light = None if decoder in (None, "light") else Path(decoder)
+        evaluate_vae.run(model, light, seed=seed, split=split, sheet=sheet, as_json=as_json)
         return
     from latentrelay.tools import evaluate
 

@@ -228,7 +228,9 @@ class ModelJob:
             from latentrelay.reference.students import DISTILLATION, LOSSES
 
             base, losses = DISTILLATION, replace(DistilLosses(), **LOSSES)
-        return Recipe(**{**asdict(base), "mixed_precision": self.training.mixed_precision, **given}), losses
+        recipe = Recipe(**{**asdict(base), "mixed_precision": self.training.mixed_precision, **given})
+        often = max(1, min(recipe.checkpoint_every, recipe.steps // 4))  # a short run is checkpointed too
+        return replace(recipe, checkpoint_every=often, log_every=min(recipe.log_every, often)), losses
 
     def _data(self) -> tuple[LatentData, LatentData]:
         if self.training.data is not None:

@@ -147,7 +147,7 @@ def test_a_students_bundle_goes_on_where_the_distilled_teacher_stopped(
     teacher = tiny.make_pipeline(tmp_path / "teacher", sampler="lcm", prediction_type="v_prediction", seed=3)
     student = tiny.make_unet(widths=(8, 12), heads=1)
     source = load_source(teacher)
-    built = export(source.with_student(student, "small"), "pixel-8", tmp_path / "bundle", num_steps=STEPS)
+    built = export(source, "pixel-8", tmp_path / "bundle", num_steps=STEPS, student=student)
     manifest = Bundle.open(built.bundle).manifest
     own = weights_digest((name, value.numpy()) for name, value in student.state_dict().items())
     assert manifest.source.digest == source.digest
