@@ -143,3 +143,16 @@ def test_what_is_refused_before_anything_is_timed(
     assert words in done.json["reason"]
     assert (tmp_path / "there.toml").read_text() == "precious"
     assert [item.name for item in tmp_path.iterdir()] == ["there.toml"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="limits a process as Linux does")
+def test_too_small_a_machine_says_what_is_needed(tmp_path: Path) -> None:
+    """2000 MiB of address space: a ceiling of 1500, less than the U-Net's largest part needs."""
+    command = f"ulimit -v {2000 * 1024} && exec {sys.executable} -m latentrelay.tools.cli devices measure --json"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    document = json.loads(done.stdout)
+    assert (done.returncode, document["error"]) == (3, "TooSmallError"), done.stderr
+    assert "a ceiling of 1500 MiB" in document["reason"]
+    assert list(tmp_path.iterdir()) == []
