@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from latentrelay.compress.errors import TrainingError
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Losses = dict[str, torch.Tensor]
@@ -125,7 +126,7 @@ def fit(
 
     module.train()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress, log_path.open("a") as log:
+    with Progress(*columns, console=Console(stderr=True)) as progress, log_path.open("a") as log:
         bar = progress.add_task("training", total=recipe.steps, completed=first)
         sums: dict[str, float] = {}
         counted, since = 0, time.perf_counter()
