@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrelay.runtime import Bundle
-from latentrelay.runtime.digest import json_digest, weights_digest
+from latentrelay.runtime.digest import json_digest, sha256_file, weights_digest
 from latentrelay.runtime.errors import BundleError, RequestError
 
 _MUST_AGREE = ("in_channels", "out_channels", "cross_attention_dim", "sample_size")
@@ -22,10 +22,11 @@ _MUST_AGREE = ("in_channels", "out_channels", "cross_attention_dim", "sample_siz
 
 @dataclass(frozen=True)
 class Student:
-    """A loaded U-Net under the name that its rows carry."""
+    """A loaded U-Net under the name that its rows carry, and its folder: with the Plan, where `compress` wrote one."""
 
     name: str
     unet: Any
+    folder: Path
 
     @property
     def parameters(self) -> int:
@@ -97,7 +98,7 @@ def load(name: str, folder: Path, teacher: Any) -> Student:
         got, expected = (_plain(each.config[setting]) for each in (unet, teacher.unet))
         if got != expected:
             raise RequestError(f"the student {name} does not fit the teacher: {setting}", got=got, expected=expected)
-    return Student(name, unet.requires_grad_(False))
+    return Student(name, unet.requires_grad_(False), folder.parent if folder.name == "unet" else folder)
 
 
 def _plain(value: Any) -> Any:
@@ -109,20 +110,24 @@ def bundle_of(
     teacher: Any,
     folder: Path,
     *,
+    name: str,
     light_vae: Path | None,
     num_steps: int,
     guidance: float,
     progress: Callable[[str], None],
 ) -> Bundle:
-    """The student's bundle, from `folder` or exported there. Raises ExportError and its kin."""
+    """The student's bundle, from `folder` or exported there: the cloud's identity stays the teacher's, the device runs
+    the student. Raises ExportError and its kin."""
     from latentrelay.export import export, load_source
     from latentrelay.tools.demo import machine_profile
 
-    profile = machine_profile()
+    profile, plan = machine_profile(), student.folder / "plan.json"
     made_from = {
         "unet": student.digest,
+        "plan": sha256_file(plan) if plan.is_file() else None,
         "rest": [_digest(teacher.vae), _digest(teacher.text_encoder)],
         "light_vae": None if light_vae is None else _folder_digest(light_vae),
+        "name": name,
         "num_steps": num_steps,
         "guidance": guidance,
         "profile": profile,
@@ -134,18 +139,18 @@ def bundle_of(
             return Bundle.open(path)
         except BundleError:
             progress("the kept bundle is not intact and is built again")
-    source = load_source(_with_unet(teacher, student.unet), name=student.name)
-    more: dict[str, Any] = {} if light_vae is None else {"light_vae": light_vae}
     made = export(
-        source, profile, path, num_steps=num_steps, guidance=guidance, progress=progress, overwrite=True, **more
+        load_source(teacher, name=name),
+        profile,
+        path,
+        num_steps=num_steps,
+        guidance=guidance,
+        progress=progress,
+        overwrite=True,
+        light_vae=light_vae,
+        student=student.folder,
     )
     return Bundle.open(made.bundle)
-
-
-def _with_unet(teacher: Any, unet: Any) -> Any:
-    """The teacher's pipeline with another U-Net; the one given is left as it was."""
-    parts = {name: getattr(teacher, name) for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
-    return type(teacher)(**parts, unet=unet, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 def _digest(module: Any) -> str:
@@ -153,8 +158,6 @@ def _digest(module: Any) -> str:
 
 
 def _folder_digest(folder: Path) -> str:
-    from latentrelay.runtime.digest import sha256_file
-
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return json_digest({str(path.relative_to(folder)): sha256_file(path) for path in files})
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from latentrelay.runtime import Bundle, Session
 from latentrelay.runtime.errors import RequestError
 from latentrelay.tools.console import counting, emit, extra, printable, table
-from latentrelay.tools.models import resolve
+from latentrelay.tools.models import FEW_STEP, resolve
 
 if TYPE_CHECKING:
     from latentrelay.tools.students import Student
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 SPLITS = (0, 2, 5, 8, 10, 15, 20, 25)
 DATA_SPLITS = ("report", "gate")
-DECODERS = ("light", "source")
 _LEAST_CAPTIONS = 2
 
 
@@ -47,14 +46,15 @@ def run(
 ) -> None:
     """Run what is missing, score, write DIR/sweep.json, sweep.md and sweep.png, and print.
 
-    `students`: released names or folders, all released ones if empty. `decoder` is the device's: "light", "source", or
-    None for the light one where the model's folder has `light_vae`. Raises RequestError, ExportError and its kin,
-    TeacherDiffersError.
+    `students`: released names or folders, all released ones if empty. `decoder` is the device's: "light", "source", the
+    folder of a light VAE, or None for the light one where the model's folder has `light_vae`. Raises RequestError,
+    ExportError and its kin, TeacherDiffersError.
     """
     wanted = parse_splits(splits, num_steps)
-    for what, got, allowed in (("data split", data_split, DATA_SPLITS), ("decoder", decoder or "light", DECODERS)):
-        if got not in allowed:
-            raise RequestError(f"unknown {what}", got=got, expected=" or ".join(allowed))
+    if data_split not in DATA_SPLITS:
+        raise RequestError("unknown data split", got=data_split, expected=" or ".join(DATA_SPLITS))
+    if model == FEW_STEP:
+        raise RequestError("a sweep runs the full-length sampler", got=model, expected="'reference' or a folder")
     if captions < _LEAST_CAPTIONS:
         raise RequestError("too few captions for a Frechet distance", got=captions, expected="2 or more")
     with extra("export", "a sweep"):
@@ -94,11 +94,14 @@ def parse_splits(words: str | None, num_steps: int) -> list[int]:
 
 def light_vae_of(weights: Path, decoder: str | None) -> Path | None:
     """The folder of the light VAE that the device decodes with; None for the source's decoder. Raises RequestError."""
-    folder = weights / "light_vae"
-    there = (folder / "config.json").is_file()
-    if decoder == "light" and not there:
-        raise RequestError("the model has no light VAE", got=str(folder), do="Ask for --decoder source.")
-    return folder if there and decoder != "source" else None
+    own = weights / "light_vae"
+    if decoder in (None, "source") and not (decoder is None and (own / "config.json").is_file()):
+        return None
+    folder = own if decoder in (None, "light") else Path(decoder).expanduser()
+    if not (folder / "config.json").is_file():
+        expected = "light, source, or the folder of a light VAE with its config.json"
+        raise RequestError("there is no such decoder", got=str(folder), expected=expected)
+    return folder
 
 
 def sweep(
@@ -131,7 +134,7 @@ def sweep(
     scale = reference.GUIDANCE if guidance is None else guidance
     engine = Engine(pipeline, name=model)
     teacher = Teacher(pipeline, engine.digest, num_steps, scale, ArrayCache(output / "cache"))
-    bundles = _bundles(loaded, teacher, output / "cache" / "bundles", light)
+    bundles = _bundles(Path(model).name, loaded, teacher, output / "cache" / "bundles", light)
     parts, scorer = list(asked.batches(BATCH)), Scorer()
     pictures = _teacher_pictures(teacher, parts)
     baseline = Scored.joined([scorer(found, found, part) for found, part in zip(pictures, parts, strict=True)])
@@ -189,7 +192,9 @@ def _check_size(pipeline: Any) -> None:
         raise RequestError("the judge reads Scenes pictures only", got=f"{side} pixels", expected=f"{SIZE} pixels")
 
 
-def _bundles(loaded: Sequence[Student], teacher: Teacher, folder: Path, light: Path | None) -> dict[str, Bundle]:
+def _bundles(
+    model: str, loaded: Sequence[Student], teacher: Teacher, folder: Path, light: Path | None
+) -> dict[str, Bundle]:
     from latentrelay.tools.students import bundle_of
 
     with counting("building the students' bundles", None) as advance:
@@ -198,6 +203,7 @@ def _bundles(loaded: Sequence[Student], teacher: Teacher, folder: Path, light: P
                 student,
                 teacher.pipeline,
                 folder,
+                name=model,
                 light_vae=light,
                 num_steps=teacher.num_steps,
                 guidance=teacher.guidance,

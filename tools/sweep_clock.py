@@ -12,16 +12,14 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from latentrelay.cloud.engine import Engine
 from latentrelay.cloud.requests import RunRequest
-from latentrelay.runtime import Session
+from latentrelay.runtime import Handoff, Session, generate
 from latentrelay.runtime.errors import REFUSED, LatentRelayError
-from latentrelay.runtime.handoff import Handoff
-from latentrelay.tools.sweep_device import Captions, run_device
+from latentrelay.tools.sweep_device import Captions
 from latentrelay.tools.teacher_runs import Teacher, TeacherBatch
 from numpy.typing import NDArray
 from PIL import Image
@@ -74,9 +72,9 @@ def measure(
     count = min(PICTURES, len(part.seeds))
     for row in range(count):
         for split in splits:
-            handoff = _cloud_part(watch, teacher, engine, part, batch, row, split) if split else None
+            blob = _cloud_part(watch, teacher, engine, part, batch, row, split) if split else None
             for name, session in sessions.items():
-                _device_part(watch, teacher, name, session, part, row, split, handoff)
+                _device_part(watch, teacher, name, session, part, row, blob)
         started = time.perf_counter()
         teacher.decode(torch.from_numpy(batch.latents[-1, row : row + 1]).float())
         watch.cloud_decode.append(time.perf_counter() - started)
@@ -105,7 +103,7 @@ def measure(
 
 def _cloud_part(
     watch: _Watch, teacher: Teacher, engine: Engine, part: Captions, batch: TeacherBatch, row: int, split: int
-) -> Handoff:
+) -> bytes:
     height, width = batch.pictures.shape[1:3]
     request = RunRequest(
         prompt=part.prompts[row],
@@ -119,33 +117,30 @@ def _cloud_part(
     started = time.perf_counter()
     handoff = engine.run(request)
     watch.cloud[split].append(time.perf_counter() - started)
-    watch.bytes[split].append(len(handoff.to_bytes()))
+    blob = handoff.to_bytes()
+    watch.bytes[split].append(len(blob))
     for mine, theirs in zip(batch.handoff(row, split), (handoff.latents, handoff.x0_prev), strict=True):
         if mine is not None and theirs is not None:
             watch.agreement_db.append(_snr_db(np.asarray(theirs, np.float64), np.asarray(mine, np.float64)))
-    return handoff
+    return blob
 
 
 def _device_part(
-    watch: _Watch,
-    teacher: Teacher,
-    name: str,
-    session: Session,
-    part: Captions,
-    row: int,
-    split: int,
-    handoff: Handoff | None,
+    watch: _Watch, teacher: Teacher, name: str, session: Session, part: Captions, row: int, blob: bytes | None
 ) -> None:
-    """The device alone: the prompt where it makes a step, its steps, its decode."""
+    """What a device does with the blob it was sent: check it, encode the prompt, run its steps, decode."""
     started = time.perf_counter()
-    latents: Any = session.initial_latents(part.seeds[row]) if handoff is None else handoff.latents
-    memory = None if handoff is None else handoff.x0_prev
-    embeds = session.encode(part.prompts[row]) if split < teacher.num_steps else None
-    final = run_device(session, embeds, latents, memory, split, teacher)
-    middle = time.perf_counter()
-    session.decode(final)
-    watch.device[name][split].append(time.perf_counter() - started)
-    watch.decode[name].append(time.perf_counter() - middle)
+    handoff = None if blob is None else Handoff.from_bytes(blob)
+    result = generate(
+        session,
+        part.prompts[row],
+        seed=part.seeds[row],
+        guidance=teacher.guidance,
+        split=None if handoff is None else handoff.meta.next_step,
+        handoff=handoff,
+    )
+    watch.device[name][result.steps["cloud"]].append(time.perf_counter() - started - result.ms["load"] / 1e3)
+    watch.decode[name].append(result.ms["decode"] / 1e3)
 
 
 def _png_bytes(picture: NDArray[np.uint8]) -> int:

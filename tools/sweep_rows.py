@@ -9,6 +9,7 @@ from typing import Any
 
 from latentrelay.compress import flops as counting
 from latentrelay.compress.flops import RunFlops
+from latentrelay.compress.light_vae import load_light_vae
 from latentrelay.reference.judge import Statistics
 from latentrelay.tools.picture_scores import Scored, summary
 from latentrelay.tools.students import Student
@@ -18,12 +19,9 @@ from latentrelay.tools.teacher_runs import Teacher
 
 def count(teacher: Teacher, student: Student, light_vae: Path | None) -> RunFlops:
     """FLOPs of the parts of a student's runs; the device decodes with the light VAE of a folder, or the source's."""
-    from diffusers import AutoencoderTiny
-
     pipeline = teacher.pipeline
     side, tokens = pipeline.unet.config.sample_size, pipeline.tokenizer.model_max_length
-    kind: Any = AutoencoderTiny
-    vae: Any = pipeline.vae if light_vae is None else kind.from_pretrained(light_vae, local_files_only=True)
+    vae: Any = pipeline.vae if light_vae is None else load_light_vae(light_vae)
     return RunFlops(
         num_steps=teacher.num_steps,
         cloud_step=counting.unet_step_flops(pipeline.unet, side, side, tokens),
