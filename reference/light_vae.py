@@ -124,7 +124,8 @@ def save(student: AutoencoderTiny, folder: Path) -> None:
     """Write the autoencoder in float16; the one in memory stays float32."""
     copy.deepcopy(student).half().save_pretrained(folder, safe_serialization=True)
     config = json.loads((folder / "config.json").read_text())
-    config.pop("_name_or_path", None)  # a path of this machine
+    for key in ("_name_or_path", "block_out_channels"):  # a path of this machine; a copy that diffusers warns of
+        config.pop(key, None)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
