@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, LCMScheduler
-from latentrelay.compress.training import BatchRng, Losses
+from latentrelay.compress.training import BatchRng, Losses, device_of
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -182,12 +182,14 @@ def consistency_loss(
         network = network_of(module)
         rows = rng.numpy.integers(0, len(trajectories.states), size=batch)
         where = (np.arange(batch) + int(rng.numpy.integers(len(grid)))) % len(grid)
-        x = torch.from_numpy(trajectories.states[rows, where].astype(np.float32))
-        wanted = torch.from_numpy(trajectories.states[rows, -1].astype(np.float32))
-        context = torch.from_numpy(contexts[trajectories.contexts[rows]].astype(np.float32))
+        device = device_of(module)
+        x, wanted = (
+            torch.from_numpy(trajectories.states[rows, place].astype(np.float32)).to(device) for place in (where, -1)
+        )
+        context = torch.from_numpy(contexts[trajectories.contexts[rows]].astype(np.float32)).to(device)
         if target == "next":
             wanted = _bootstrapped(function, network, trajectories, rows, where, context, wanted)
-        found = function(network, x, grid[where], context)
+        found = function(network, x, grid[where].to(device), context)
         apart = ((found - wanted).square() + HUBER_C**2).sqrt() - HUBER_C
         return {"loss": apart.mean(), "x0_mse": (found - wanted).square().mean()}
 
@@ -207,7 +209,7 @@ def _bootstrapped(
     """f at the next state; at the last state, whose next is the solution itself, the solution."""
     count = len(trajectories.timesteps)
     following = np.minimum(where + 1, count - 1)
-    x = torch.from_numpy(trajectories.states[rows, following].astype(np.float32))
-    found = function(network, x, torch.tensor(trajectories.timesteps)[following], context)
-    last = torch.from_numpy(where == count - 1)[:, None, None, None]
+    x = torch.from_numpy(trajectories.states[rows, following].astype(np.float32)).to(context.device)
+    found = function(network, x, torch.tensor(trajectories.timesteps)[following].to(context.device), context)
+    last = torch.from_numpy(where == count - 1)[:, None, None, None].to(context.device)
     return torch.where(last, solution, found)

@@ -269,9 +269,10 @@ class LowRankUpdate(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.paths = [path for path, _ in _adaptable(base)]
-        self._base = {path: _weight(layer).detach() for path, layer in _adaptable(base)}
         self.down, self.up = nn.ParameterList(), nn.ParameterList()
-        for weight in self._base.values():
+        for place, (_, layer) in enumerate(_adaptable(base)):
+            weight = _weight(layer).detach()
+            self.register_buffer(f"base{place}", weight, persistent=False)
             inner, width = math.prod(weight.shape[1:]), weight.shape[0]
             own = min(rank, inner, width)
             self.down.append(nn.Parameter(torch.randn(own, inner, generator=generator) * inner**-0.5))
@@ -280,17 +281,17 @@ class LowRankUpdate(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """{"<path>.weight": base + B A}, what `functional_call` takes."""
         found = {}
-        for path, down, up in zip(self.paths, self.down, self.up, strict=True):
-            base = self._base[path]
+        for place, (path, down, up) in enumerate(zip(self.paths, self.down, self.up, strict=True)):
+            base = self.get_buffer(f"base{place}")
             found[f"{path}.weight"] = base + (up @ down).reshape(base.shape)
         return found
 
     def tensors(self, component: str = "unet") -> dict[str, Tensor]:
         """The factors in diffusers/peft's layout and float16, ready for safetensors."""
         found = {}
-        for path, down, up in zip(self.paths, self.down, self.up, strict=True):
-            shape = self._base[path].shape
+        for place, (path, down, up) in enumerate(zip(self.paths, self.down, self.up, strict=True)):
+            shape = self.get_buffer(f"base{place}").shape
             found[f"{component}.{path}.lora_A.weight"] = down.detach().reshape(len(down), *shape[1:]).half()
             ending = (1,) * (len(shape) - 2)
             found[f"{component}.{path}.lora_B.weight"] = up.detach().reshape(*up.shape, *ending).half()
-        return {name: tensor.contiguous() for name, tensor in sorted(found.items())}
+        return {name: tensor.cpu().contiguous() for name, tensor in sorted(found.items())}

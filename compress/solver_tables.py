@@ -139,7 +139,7 @@ def _read_row(probe: Any, step: int, timestep: torch.Tensor) -> SolverRow:
 
 
 def _stepped(probe: Any, e: torch.Tensor, timestep: torch.Tensor, x: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
-    """One step of diffusers, and the noise (5,) that it drew where the sampler draws any (LCM, all steps but the last)."""
+    """One step of diffusers, and the noise (5,) that it drew where the sampler draws any: LCM, but at the last step."""
     if type(probe).__name__ != "LCMScheduler":
         return probe.step(e, timestep, x), None
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)

@@ -1,8 +1,8 @@
-"""Few-step networks: the reference's teacher, or a student of it, distilled to latent consistency, as a LoRA file.
+"""Few-step networks: a model, or a student of it, distilled to latent consistency, as one LoRA file.
 
-In: the reference pipeline, the training cache of `python -m latentrelay.reference.train` (scaled latents are not read,
-text states are) and, for a student, its folder. Out: `<folder>/lora.safetensors` in diffusers' layout, whose metadata
-says that it makes a consistency model, beside the recorded trajectories, the log and a checkpoint. Every part resumes.
+In: a pipeline, prompts (the reference's training captions where none are given) and, for a student, its folder. Out:
+`<folder>/lora.safetensors` in diffusers' layout, whose metadata says that it makes a consistency model, beside the
+trajectories recorded from the model, the log and a checkpoint. Every part resumes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentrelay.runtime.errors import RequestError
+from latentrelay.runtime.samplers import is_few_step
 from latentrelay.tools.console import counting, emit, extra, printable
+from latentrelay.tools.models import FEW_STEP, OURS, default_guidance, public_name, resolve
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 NUMBERS_OF_STEPS = (4, 8)
 _BETWEEN = (939, 69)  # two more timesteps that the solver stops at: the ends are where it errs most
@@ -27,10 +30,11 @@ _SEED = 5000
 
 @dataclass(frozen=True)
 class FewStepRecipe:
-    """What is trained how long: `trajectories` in all, optimiser `steps` of `batch` states, LoRA `rank`."""
+    """What is trained how long: `trajectories` in all, optimiser `steps` of `batch` states, LoRA `rank`. `target` is
+    "solution" (of the solver) or "next" (as published), see compress/consistency.py."""
 
-    trajectories: int = 3840
-    steps: int = 800
+    trajectories: int = 2304
+    steps: int = 700
     batch: int = 32
     rank: int = 12
     learning_rate: float = 2e-3
@@ -38,21 +42,67 @@ class FewStepRecipe:
 
 
 def run(
-    output: Path, cache: Path, *, student: Path | None, recipe: FewStepRecipe, trajectories: Path | None, as_json: bool
+    output: Path,
+    *,
+    model: str,
+    student: Path | None,
+    prompts: Path | None,
+    guidance: float | None,
+    recipe: FewStepRecipe,
+    trajectories: Path | None,
+    as_json: bool,
 ) -> None:
-    """Record, train, write and print. `trajectories`: where they are kept (in `output` if not given)."""
-    with extra("compress", "few-step distillation"):
-        from latentrelay.reference import pipeline as reference
-        from latentrelay.reference.unet import load_cache
+    """Record, train, write and print.
+
+    `student`: the folder of a U-Net (or one with `unet/`) to train instead of the model's own. `prompts`: a text file,
+    one a line. `guidance`: the scale that is learnt. `trajectories`: a folder to share between trainings (in `output`
+    if not given). Raises RequestError, SourceError and its kin, TrainingError.
+    """
+    with extra("export", "few-step distillation"):
+        from latentrelay.export import load_source
     if recipe.target not in ("solution", "next"):
         raise RequestError("unknown target", got=recipe.target, expected="solution or next")
-    pipeline = reference.load()
-    text = load_cache(cache, 8 * pipeline.unet.config.sample_size)
+    pipeline = load_source(resolve(model), name=public_name(model)).pipeline
+    if is_few_step(type(pipeline.scheduler).__name__) or model == FEW_STEP:
+        raise RequestError("the model was distilled to few steps already", got=model, expected="what it was made from")
+    contexts, empty = text_states(pipeline, _texts(model, prompts, recipe.trajectories))
     kept = trajectories or output / "trajectories"
-    record(pipeline, text.embeddings, text.empty, kept, recipe.trajectories, reference.GUIDANCE)
-    path = train(pipeline, _network(pipeline, student), text.embeddings, kept, recipe, output, reference.GUIDANCE)
+    scale = default_guidance(model) if guidance is None else guidance
+    record(pipeline, contexts, empty, kept, recipe.trajectories, scale)
+    path = train(pipeline, _network(pipeline, student), contexts, kept, recipe, output, scale)
     document = {"lora": str(path), "bytes": path.stat().st_size, "steps": recipe.steps, "rank": recipe.rank}
     emit(document, as_json, lambda console: console.print(f"adapters: [bold]{printable(path)}[/]"))
+
+
+def _texts(model: str, prompts: Path | None, count: int) -> list[str]:
+    if prompts is not None:
+        lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise RequestError("the file holds no prompt", got=str(prompts), expected="one a line")
+        return lines
+    if model not in OURS:
+        raise RequestError("few-step distillation needs prompts", got="none", expected="--prompts FILE, one a line")
+    from latentrelay.reference.captions import sample_captions
+
+    return [caption.text for _, caption in sample_captions("train", count, _SEED)]
+
+
+def text_states(pipeline: Any, texts: list[str]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(n, T, D) and the empty prompt's (T, D), float16."""
+    import numpy as np
+    import torch
+
+    tokenizer, parts = pipeline.tokenizer, []
+    with torch.inference_mode(), counting("reading prompts", len(texts)) as advance:
+        for i in range(0, len(texts) + 1, 128):
+            rows = [*texts, ""][i : i + 128]
+            ids = tokenizer(
+                rows, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            ).input_ids
+            parts.append(pipeline.text_encoder(ids)[0].half().numpy())
+            advance("reading prompts", len(rows))
+    states = np.concatenate(parts)
+    return states[:-1], states[-1]
 
 
 def record(pipeline: Any, contexts: Any, empty: Any, folder: Path, count: int, guidance: float) -> None:
@@ -86,13 +136,15 @@ def train(
     pipeline: Any, unet: Any, contexts: Any, kept: Path, recipe: FewStepRecipe, output: Path, guidance: float
 ) -> Path:
     """Train adapters of `unet` and write them; returns the file."""
+    from accelerate import Accelerator
     from latentrelay.compress.consistency import ConsistencyFunction, consistency_loss, load_shards
-    from latentrelay.compress.lora import FEW_STEP, LowRankUpdate
+    from latentrelay.compress.lora import FEW_STEP as METADATA
+    from latentrelay.compress.lora import LowRankUpdate
     from latentrelay.compress.training import Recipe, fit
     from safetensors.torch import save_file
     from torch.func import functional_call
 
-    unet.requires_grad_(False)
+    unet.to(Accelerator().device).requires_grad_(False)
     adapters = LowRankUpdate(unet, recipe.rank)
     states = load_shards(kept)
 
@@ -101,7 +153,7 @@ def train(
         return lambda x, t, h: functional_call(unet, weights, (x, t, h), {"return_dict": False})[0]
 
     def write(step: int, module: torch.nn.Module) -> None:
-        metadata = {FEW_STEP: json.dumps({"guidance": guidance, "num_steps": NUMBERS_OF_STEPS}), "format": "pt"}
+        metadata = {METADATA: json.dumps({"guidance": guidance, "num_steps": NUMBERS_OF_STEPS}), "format": "pt"}
         beside = output / ".lora.new.safetensors"
         save_file(module.tensors(), str(beside), metadata)  # type: ignore[operator]
         beside.chmod(0o644)
@@ -116,7 +168,7 @@ def train(
             steps=recipe.steps,
             batch=recipe.batch,
             learning_rate=recipe.learning_rate,
-            warmup=30,
+            warmup=min(30, recipe.steps),
             decay=0.7,
             checkpoint_every=100,
         ),
@@ -135,7 +187,8 @@ def _network(pipeline: Any, student: Path | None) -> Any:
     else:
         from latentrelay.compress.student_unet import StudentUNet2DConditionModel
 
-        unet = StudentUNet2DConditionModel.from_pretrained(student, torch_dtype=torch.float32)
+        folder = student / "unet" if (student / "unet").is_dir() else student
+        unet = StudentUNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
     return unet.to(memory_format=torch.channels_last).eval()
 
 

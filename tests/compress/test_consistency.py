@@ -122,7 +122,7 @@ def test_the_loss_is_the_huber_distance_to_the_solution() -> None:
 
     contexts = np.zeros((5, 3, 5), np.float16)
     loss_of = consistency_loss(function, one, contexts, 4, lambda module: oracle)
-    losses = loss_of(torch.nn.Identity(), BatchRng.of(0, 0))
+    losses = loss_of(torch.nn.Linear(1, 1), BatchRng.of(0, 0))
     assert float(losses["loss"]) == pytest.approx(float(2 * solution.abs().mean()), rel=2e-3)
     assert float(losses["x0_mse"]) == pytest.approx(float(4 * solution.square().mean()), rel=2e-3)
 
@@ -139,7 +139,7 @@ def test_the_published_target_is_the_networks_own_answer_one_state_on() -> None:
     contexts = np.zeros((5, 3, 5), np.float16)
     rng = BatchRng.of(0, 0)
     rows = BatchRng.of(0, 0).numpy.integers(0, 5, size=4)
-    losses = consistency_loss(function, found, contexts, 4, lambda module: nothing, "next")(torch.nn.Identity(), rng)
+    losses = consistency_loss(function, found, contexts, 4, lambda module: nothing, "next")(torch.nn.Linear(1, 1), rng)
     replay = BatchRng.of(0, 0).numpy
     replay.integers(0, 5, size=4)
     where = (np.arange(4) + int(replay.integers(4))) % 4
