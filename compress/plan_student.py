@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
+from latentrelay.compress.errors import UnitError
 from latentrelay.compress.keep_ratios import BudgetError, expected_loss, sensitive_widths, uniform_widths
 from latentrelay.compress.prunable_units import prunable_units
 from latentrelay.compress.prune_unet import prune_unet
 from latentrelay.compress.remove_blocks import (
     BLOCK_RECIPES,
     BlockRecipe,
+    check_recipe,
     parameter_count,
     remove_blocks,
     removed_config,
@@ -120,4 +122,12 @@ def _recipes(unet: Any, scores: Mapping[str, float]) -> list[BlockRecipe]:
     found = list(depths)
     if "blocks:layers" in scores:
         found += [BlockRecipe(each.mid, each.levels_removed, BLOCK_RECIPES["bk-sdm-base"].layers) for each in depths]
-    return found
+    return [each for each in found if _possible(unet, each)]
+
+
+def _possible(unet: Any, recipe: BlockRecipe) -> bool:
+    try:
+        check_recipe(unet, recipe)
+    except UnitError:
+        return False
+    return True

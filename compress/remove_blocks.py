@@ -47,7 +47,7 @@ BLOCK_RECIPES = {
 
 def remove_blocks(unet: UNet2DConditionModel, recipe: BlockRecipe) -> UNet2DConditionModel:
     """A new U-Net of the blocks that stay, with their weights. Raises UnitError where the shapes do not allow it."""
-    _check(unet, recipe)
+    check_recipe(unet, recipe)
     student = UNet2DConditionModel.from_config(removed_config(unet, recipe))
     names = dict(_renamed(unet, recipe))
     state = {theirs: tensor for ours, tensor in unet.state_dict().items() if (theirs := _target(ours, names))}
@@ -84,7 +84,8 @@ def teacher_path(unet: UNet2DConditionModel, recipe: BlockRecipe, path: str) -> 
     return path
 
 
-def _check(unet: UNet2DConditionModel, recipe: BlockRecipe) -> None:
+def check_recipe(unet: UNet2DConditionModel, recipe: BlockRecipe) -> None:
+    """Raise UnitError where the network cannot lose these blocks."""
     widths, levels = unet.config.block_out_channels, recipe.levels_removed
     if not 0 <= levels < len(widths) - 1:
         raise UnitError("levels cannot be removed", got=levels, expected=f"0..{len(widths) - 2}")
