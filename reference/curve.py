@@ -22,6 +22,8 @@ PANELS = {
     "unet-64": ("v_mse", "U-Net at 8x8 latents: squared error of v"),
     "unet-128": ("v_mse", "U-Net at 16x16 latents: squared error of v"),
     "judge": ("accuracy", "judge: read right on degraded renderings"),
+    "light_vae/decoder": ("mse", "light decoder: squared error to the VAE's, range 0..1"),
+    "light_vae/encoder": ("latent_mse", "light encoder: squared error of latents"),
 }
 
 

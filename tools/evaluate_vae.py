@@ -67,7 +67,7 @@ def run(
     folder = Path(resolve(model))
     light = light or folder / "light_vae"
     if not (light / "config.json").is_file():
-        raise RequestError("the model has no light VAE", got=str(light), do="Name the folder of one with --light.")
+        raise RequestError("the model has no light VAE", got=str(light), do="Name the folder of one with --decoder.")
     started = time.perf_counter()
     source, student = reference.load(folder), load_light_vae(light)
     with counting("measuring", None) as advance:

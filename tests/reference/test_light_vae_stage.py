@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latentrelay.compress.light_vae import load_light_vae, parameter_count
+from latentrelay.compress.light_vae import decode_scaled, load_light_vae, parameter_count
 from latentrelay.compress.training import BatchRng, Recipe
 from latentrelay.reference import judge, light_vae, unet, vae
 from latentrelay.reference.scenes import render, sample_scenes
@@ -72,3 +72,23 @@ def test_the_size_stays_below_a_tenth_of_the_sources_decoder() -> None:
     student = light_vae.new_light_vae(light_vae.SPEC)
     assert parameter_count(student.decoder) == 168_419
     assert parameter_count(student.decoder) <= 0.1 * parameter_count(vae.new_vae().decoder)
+
+
+def test_the_shipped_weights_are_small_and_near_their_teacher() -> None:
+    from latentrelay.reference import pipeline
+
+    try:
+        student, teacher = light_vae.load_reference_light_vae(), pipeline.load().vae
+    except (FileNotFoundError, OSError) as error:
+        pytest.skip(str(error))
+    files = [pipeline.reference_path() / part / "diffusion_pytorch_model.safetensors" for part in ("vae", "light_vae")]
+    assert sum(path.stat().st_size for path in files) <= 8 * 2**20
+    assert student.config.scaling_factor == 1.0
+    truth = torch.from_numpy(render(sample_scenes("gate", 4, seed=5), 128)).permute(0, 3, 1, 2) * 2 - 1
+    with torch.no_grad():
+        latents = teacher.encode(truth).latent_dist.mean * teacher.config.scaling_factor
+        wanted, got = decode_scaled(teacher, latents), decode_scaled(student, latents)
+        guessed = student.encode(truth).latents
+    mse = ((got - wanted).clamp(-2, 2) / 2).square().mean((1, 2, 3))
+    assert float((-10 * mse.log10()).mean()) > 31
+    assert float((guessed - latents).square().mean() / latents.square().mean()) < 0.02
