@@ -16,6 +16,8 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 from latentrelay.compress.footprint import (
+    ACTIVATION_BYTES,
+    BRANCHES,
     CALIBRATED,
     MIB,
     RULES,
@@ -221,6 +223,7 @@ class _Search:
     rules: MemoryRules
     recipes: tuple[Considered, ...]
     stock: dict[BlockRecipe, tuple[tuple[PrunableUnit, ...], int, int]] = field(default_factory=dict)
+    stages: dict[str, Stage] = field(default_factory=dict)
 
     def check_other_stages(self) -> None:
         """The text encoder and the decoder are not pruned here: they must fit as they are."""
@@ -243,9 +246,7 @@ class _Search:
 
     def settle(self, heads: int | None) -> BudgetedStudent | None:
         """Plan, weigh the plan's own activations, plan again with what they leave; the best that keeps to all."""
-        ceiling = largest_parameters(
-            self.budget, self.geometry, self.precision, unet=self._capped(heads), rules=self.rules
-        )
+        ceiling = _admitted(self.budget, self._guessed(heads), self.precision, self.rules)
         best: BudgetedStudent | None = None
         for _ in range(_ROUNDS):
             plan = self.plan(ceiling.parameters, heads)
@@ -253,16 +254,26 @@ class _Search:
                 break
             student = planned_unet(self.unet, plan)
             stage = measure_unet(self.geometry, student, self.precision, rules=self.rules)
-            mine = _admitted(self.budget, stage, self.precision, self.rules)
-            if plan.parameters > mine.parameters:
-                ceiling = mine
+            ceiling = _admitted(self.budget, stage, self.precision, self.rules)
+            if plan.parameters > ceiling.parameters:
                 continue
             if best is None or plan.expected_loss < best.plan.expected_loss:
-                best = BudgetedStudent(plan, mine, stage.peak_mib, stage.weight_bytes, heads, ())
-            if plan.parameters >= _CLOSE * min(mine.parameters, parameter_count(self.unet)):
+                best = BudgetedStudent(plan, ceiling, stage.peak_mib, stage.weight_bytes, heads, ())
+            if plan.parameters >= _CLOSE * min(ceiling.parameters, parameter_count(self.unet)):
                 break
-            ceiling = mine
         return best
+
+    def _guessed(self, heads: int | None) -> Stage:
+        """The source's stage with the scores of fewer heads taken off: where the rounds begin."""
+        if "source" not in self.stages:
+            self.stages["source"] = measure_unet(self.geometry, self.unet, self.precision, rules=self.rules)
+        stage, units = self.stages["source"], self._stock(BlockRecipe())[0]
+        own = max((unit.width for unit in units if unit.kind == "self_attention"), default=0)
+        if heads is None or heads >= own:
+            return stage
+        scores = BRANCHES * (self.geometry.rows * self.geometry.columns) ** 2 * ACTIVATION_BYTES[self.precision]
+        less = min(stage.activation_bytes, int(scores * (own - heads) * self.rules.unet_calls[1]))
+        return replace(stage, activation_bytes=stage.activation_bytes - less)
 
     def plan(self, ceiling: int, heads: int | None) -> StudentPlan | None:
         """The best shape of at most `ceiling` parameters and `heads` heads, over the block recipes; None for none."""
@@ -289,10 +300,6 @@ class _Search:
         left = parameters - saved_parameters(units, widths)
         total = lost + (recipe.expected_loss or 0.0)
         return StudentPlan(recipe.blocks, widths, left, ceiling, self.allocation, total, self.recipes)
-
-    def _capped(self, heads: int | None) -> Any:
-        units, _parameters, levels = self._stock(BlockRecipe())
-        return _narrowed(removed_config(self.unet, BlockRecipe()), _head_limits(units, levels, heads))
 
     def _stock(self, recipe: BlockRecipe) -> tuple[tuple[PrunableUnit, ...], int, int]:
         """Units, parameters and levels of the network that a block recipe leaves."""
