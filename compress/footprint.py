@@ -43,13 +43,13 @@ ACTIVATION_BYTES: Mapping[str, float] = MappingProxyType(
 class MemoryRules:
     """How a process's memory follows from weights and activations; the ratios are measured (docs/measured/footprint).
 
-    baseline_mib: interpreter, libraries, tokenizer, bundle. external: resident weights over their bytes where they
-    stand in a file of their own. inline_convolutions, inline_others: the same inside the graph, where ONNX Runtime
-    holds convolutions a second time. unet_calls: activations over the plan's peak in the first call and in later ones.
-    decoder_call: the same for the decoder's one call.
+    session_options: the manifest's, for which they hold. baseline_mib: interpreter, libraries, tokenizer. external:
+    resident weights over their bytes where they stand in a file of their own. inline_convolutions, inline_others: the
+    same inside the graph, where ONNX Runtime holds convolutions a second time. unet_calls: activations over the plan's
+    peak in the first call and in later ones. decoder_call: the same for the decoder's one call.
     """
 
-    name: str
+    session_options: Mapping[str, bool]
     baseline_mib: float
     external: float
     inline_convolutions: float
@@ -59,9 +59,10 @@ class MemoryRules:
 
 
 # ONNX Runtime's defaults: from the second call on it takes one block for the whole plan, beside the arena of the first.
-WITH_ARENA = MemoryRules("arena", 80.0, 1.03, 2.85, 1.05, (1.06, 2.1), 1.72)
+WITH_ARENA = MemoryRules(MappingProxyType({}), 80.0, 1.03, 2.85, 1.05, (1.06, 2.1), 1.72)
 # Session options cpu_arena and memory_pattern off: buffers are taken from the system and given back.
-WITHOUT_ARENA = MemoryRules("no arena", 80.0, 1.03, 2.1, 1.05, (1.06, 1.06), 1.3)
+_NONE = MappingProxyType({"cpu_arena": False, "memory_pattern": False})
+WITHOUT_ARENA = MemoryRules(_NONE, 80.0, 1.03, 2.1, 1.05, (1.06, 1.06), 1.3)
 # What the manifests of today's builds ask for.
 RULES = WITH_ARENA
 
