@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from latentrelay.compress.training import Recipe
@@ -16,10 +17,16 @@ CLASS_PARAMETERS = {
     "pi": 1_000_000,
     "desktop": 3_100_000,
 }
-# How they were distilled; `LOSSES` are fields of `compress.distill_unet.DistilLosses`.
-DISTILLATION = Recipe(
+# How they were distilled; `LOSSES` are fields of `compress.distill_unet.DistilLosses`. The smaller ones start further
+# from the teacher: two of them keep both layers of every block and are near it before any training.
+_RECIPE = Recipe(
     steps=400, batch=32, learning_rate=4e-4, warmup=50, decay=0.7, ema_decay=0.99, checkpoint_every=100, seed=3
 )
+DISTILLATION = {
+    "phone-high": replace(_RECIPE, steps=300),
+    "phone-mid": _RECIPE,
+    "pi": replace(_RECIPE, steps=1000, learning_rate=7e-4),
+}
 LOSSES = {"task": 0.1, "output": 1.0, "feature": 0.1, "caption_dropout": 0.25}
 RELEASED_FOR = {
     "phone-high": "phone-high",
@@ -29,6 +36,11 @@ RELEASED_FOR = {
     "pi": "pi",
     "desktop": "phone-high",
 }
+
+
+def distillation_of(student_class: str | None) -> Recipe:
+    """The recipe of the student released for a profile's class; the middle one where no profile is given."""
+    return DISTILLATION[RELEASED_FOR[student_class]] if student_class is not None else _RECIPE
 
 
 def student_path(student_class: str) -> Path:
