@@ -26,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit status: 0 done, 1 failed, 2 misused, 3 refused.",
 )
-devices = typer.Typer(help="Device profiles: list, show, validate.", no_args_is_help=True)
+devices = typer.Typer(help="Device profiles: those shipped, your own, and one of this machine.", no_args_is_help=True)
 app.add_typer(devices, name="devices")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
