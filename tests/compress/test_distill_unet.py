@@ -92,7 +92,8 @@ def test_a_student_that_is_its_teacher_has_no_output_or_feature_loss(teacher: An
     still = Recipe(steps=1, batch=4, learning_rate=0.0, checkpoint_every=1, log_every=1)
     distill_unet(same, teacher, Noise(), SCHEDULE, block_map(teacher, BlockRecipe()), still, tmp_path)
     row = json.loads((tmp_path / "log.jsonl").read_text())
-    assert row["output"] == pytest.approx(0, abs=1e-10) and row["feature"] == pytest.approx(0, abs=1e-10)
+    assert row["output"] == pytest.approx(0, abs=1e-10)
+    assert row["feature"] == pytest.approx(0, abs=1e-10)
     assert row["task"] > 0.1
 
 
@@ -163,7 +164,7 @@ def test_a_folder_of_another_training_and_a_broken_checkpoint_are_refused(teache
     weights = next((tmp_path / "checkpoint").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:100])
     before = (tmp_path / "unet" / "config.json").read_bytes()
-    with pytest.raises(TrainingError, match="does not load.*Remove"):
+    with pytest.raises(TrainingError, match=r"does not load.*Remove"):
         distil(teacher, tmp_path, identity={"source": "one"})
     assert (tmp_path / "unet" / "config.json").read_bytes() == before
 

@@ -62,5 +62,6 @@ def test_what_cannot_be_met_is_refused_with_the_closest() -> None:
     for choose in (lambda: sensitive_widths(UNITS, SCORES, ALL, 100), lambda: uniform_widths(UNITS, ALL, 100)):
         with pytest.raises(BudgetError, match=f"at least {least}") as caught:
             choose()
-        assert caught.value.closest == least and caught.value.exit_status == 3
+        assert caught.value.closest == least
+        assert caught.value.exit_status == 3
     assert sensitive_widths(UNITS, SCORES, ALL, least) == {"a": 8, "b": 1, "c": 16}

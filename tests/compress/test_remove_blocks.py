@@ -104,7 +104,9 @@ def test_the_block_map_pairs_equal_shapes(small: Any) -> None:
         "up_blocks.1.attentions.1": "up_blocks.2.attentions.2",
     }
     whole = block_map(small, BlockRecipe())
-    assert all(ours == theirs for ours, theirs in whole.items()) and "mid_block" in whole and len(whole) == 7
+    assert all(ours == theirs for ours, theirs in whole.items())
+    assert "mid_block" in whole
+    assert len(whole) == 7
 
 
 def test_what_cannot_be_removed_is_refused(small: Any) -> None:

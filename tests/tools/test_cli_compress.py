@@ -40,9 +40,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compress(command: Run, folder: Path, pictures: Path, out: Path, *more: object) -> Any:
-    return command(
-        "compress", "-m", folder, "-o", out, "--data", pictures, "--batch", 4, "--learning-rate", "1e-3", *more, "--json"
-    )  # fmt: skip
+    fixed = ("--data", pictures, "--batch", 4, "--learning-rate", "1e-3")
+    return command("compress", "-m", folder, "-o", out, *fixed, *more, "--json")
 
 
 @pytest.fixture(scope="module")
