@@ -10,16 +10,20 @@ from pathlib import Path
 from latentrelay.device_profiles import load_profile
 from latentrelay.export import export
 from latentrelay.reference.pipeline import GUIDANCE, reference_path
+from latentrelay.reference.students import student_path
 
 
 def main(model: str | None = None, out: str = "bundles/iphone-15-pro", profile: str = "iphone-15-pro") -> None:
+    device = load_profile(profile)
+    own = {"student": student_path(device.student_class), "light_vae": reference_path() / "light_vae"}
     result = export(
         model or reference_path(),
-        load_profile(profile),
+        device,
         Path(out),
         num_steps=25,
         guidance=7.5 if model else GUIDANCE,
         progress=lambda words: print(words, file=sys.stderr),
+        **({} if model else own),  # of your model: what `latentrelay compress` made
     )
     for component, decibel in result.parity_db.items():
         print(f"{component:14} {decibel:6.1f} dB against torch")

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from latentrelay.device_profiles import load_profile
+from latentrelay.device_profiles import DeviceProfile, load_profile
 from latentrelay.runtime.samplers import sampler_reason
 from latentrelay.tools.console import counting, emit, err, extra, printable, table
 from latentrelay.tools.models import (
     FEW_STEP,
+    OURS,
     REFERENCE,
     adapters,
     default_guidance,
@@ -37,12 +38,18 @@ def run(
     as_json: bool,
     loras: Sequence[str] = (),
     few_step: bool = False,
-    student: str | None = None,
-    light_vae: str | None = None,
+    student: str = "auto",
+    light_vae: str = "auto",
+    data: Path | None = None,
+    steps: int | None = None,
 ) -> None:
-    """Build and print. `student`: a released name or a folder whose U-Net runs the device's steps ("none": the
-    source's); with 'reference-few-step' a released one gets its consistency adapters. `light_vae`: "released", a
-    folder, or "none"."""
+    """Build and print.
+
+    `student`: a released name or a folder whose U-Net runs the device's steps, "none" for the source's own, or "auto":
+    on the reference the student released for the profile's class (with its consistency adapters for few steps), on any
+    other model one compressed first where `data` is given, else the source's own. `light_vae`: "released", a folder,
+    "none", or "auto": the released one on the reference. `steps`: of the compression.
+    """
     profile = load_profile(device, profiles)
     with extra("export", "building a bundle"):
         from latentrelay.export import export, load_source
@@ -67,7 +74,7 @@ def run(
             few_step=few_step,
             progress=lambda words: advance(words, 1),
             overwrite=overwrite,
-            **_device_s(model, student, light_vae),
+            **_for_device(model, profile, output.absolute(), student, light_vae, data, steps),
         )
     document: dict[str, Any] = {
         "bundle": str(result.bundle),
@@ -86,16 +93,41 @@ def run(
     emit(document, as_json, show)
 
 
-def _device_s(model: str, student: str | None, light_vae: str | None) -> dict[str, Any]:
+def _for_device(
+    model: str, profile: DeviceProfile, output: Path, student: str, light_vae: str, data: Path | None, steps: int | None
+) -> dict[str, Any]:
     """What runs on the device in the place of the source's own networks, as arguments of `export`."""
     from latentrelay.compress.lora import Adapter
     from latentrelay.tools.students import find
 
     chosen: dict[str, Any] = {}
-    if student not in (None, "none"):
+    if student == "auto" and model in OURS:
+        from latentrelay.reference.students import RELEASED_FOR
+
+        student = RELEASED_FOR[profile.student_class]
+    elif student == "auto" and data is not None:
+        chosen["student"] = _compressed(model, profile, output.with_name(output.name + ".student"), data, steps)
+    if student not in ("auto", "none"):
         ((name, folder),) = find([student], Path(resolve(REFERENCE))).items()
         chosen["student"] = folder.parent if folder.name == "unet" else folder
         chosen["student_loras"] = (Adapter(few_step_adapters(name)),) if model == FEW_STEP else ()
-    if light_vae not in (None, "none"):
-        chosen["light_vae"] = Path(resolve(REFERENCE)) / "light_vae" if light_vae == "released" else Path(light_vae)
+    if light_vae == "released" or (light_vae == "auto" and model in OURS):
+        chosen["light_vae"] = Path(resolve(REFERENCE)) / "light_vae"
+    elif light_vae not in ("auto", "none"):
+        chosen["light_vae"] = Path(light_vae)
     return chosen
+
+
+def _compressed(model: str, profile: DeviceProfile, student: Path, data: Path, steps: int | None) -> Path:
+    """The student of a model for this device, made beside the bundle unless it is there already."""
+    from latentrelay.tools.compress import Training
+    from latentrelay.tools.compress_model import ModelJob
+
+    if not (student / "plan.json").is_file():
+        work = student.with_name(student.name + ".work")
+        training = Training(steps=steps, data=data)
+        job = ModelJob(
+            model, student, work, profile, None, None, "sensitivity", (), None, training, "measured", None, None, False
+        )
+        job.run()
+    return student

@@ -150,18 +150,27 @@ def build(
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")] = None,
     guidance: Annotated[float | None, typer.Option(help="The bundle's default guidance scale.")] = None,
     student: Annotated[
-        str | None, typer.Option(help="What runs on the device: a released student's name, a folder, or none.")
-    ] = None,
+        str,
+        typer.Option(help="The device's U-Net: a released name, a folder, none (the model's own) or auto."),
+    ] = "auto",
     light_vae: Annotated[
-        str | None, typer.Option(help="What decodes on the device: released, a folder of an AutoencoderTiny, or none.")
+        str, typer.Option(help="The device's decoder: released, a folder of an AutoencoderTiny, none, or auto.")
+    ] = "auto",
+    data: Annotated[
+        Path | None, typer.Option(help="Captioned pictures: with them, a model of yours is compressed first.")
     ] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Distillation steps of that compression.")] = None,
     lora: Annotated[list[str] | None, typer.Option(help="Adapters merged into the model: FILE or FILE:SCALE.")] = None,
     few_step: Annotated[bool, typer.Option(help="The model was distilled to latent consistency.")] = False,
     profiles: ProfileFolder = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a bundle that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Turn a pipeline and a device profile into a bundle."""
+    """Turn a pipeline and a device profile into a bundle.
+
+    On the reference, auto means the student released for the profile's class and the released light decoder; on any
+    other model the model's own parts, or with --data a student compressed for the device first.
+    """
     from latentrelay.tools import build
 
     build.run(
@@ -177,6 +186,8 @@ def build(
         guidance=guidance,
         student=student,
         light_vae=light_vae,
+        data=data,
+        steps=steps,
         loras=lora or (),
         few_step=few_step,
         profiles=profiles,

@@ -63,6 +63,8 @@ def run(output: Path, *, captions: int, num_steps: int, split: int, device: str 
     with extra("export", "the demo"):
         from latentrelay.export import export, load_source
         from latentrelay.reference.captions import sample_captions
+        from latentrelay.reference.pipeline import reference_path
+        from latentrelay.reference.students import student_path
     output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     profile = load_profile(device or machine_profile())
@@ -75,6 +77,8 @@ def run(output: Path, *, captions: int, num_steps: int, split: int, device: str 
             guidance=default_guidance(REFERENCE),
             overwrite=True,
             progress=lambda words: advance(words, 1),
+            student=student_path(profile.student_class),
+            light_vae=reference_path() / "light_vae",
         )
     build_s = time.perf_counter() - started
     pairs = sample_captions("gate", captions, _SEED)  # held out too; only `evaluate` reads report
