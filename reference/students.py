@@ -17,7 +17,8 @@ CLASS_PARAMETERS = {
     "pi": 1_000_000,
     "desktop": 3_100_000,
 }
-# How they were distilled; `LOSSES` are fields of `compress.distill_unet.DistilLosses`. The smaller ones start further
+# How they were distilled; `LOSSES` are the weights of task, output
+# and feature loss and the share of empty prompts. The smaller ones start further
 # from the teacher: two of them keep both layers of every block and are near it before any training.
 _RECIPE = Recipe(
     steps=400, batch=32, learning_rate=4e-4, warmup=50, decay=0.7, ema_decay=0.99, checkpoint_every=100, seed=3
@@ -27,7 +28,7 @@ DISTILLATION = {
     "phone-mid": _RECIPE,
     "pi": replace(_RECIPE, steps=1000, learning_rate=7e-4),
 }
-LOSSES = {"task": 0.1, "output": 1.0, "feature": 0.1, "caption_dropout": 0.25}
+LOSSES = (0.1, 1.0, 0.1, 0.25)
 RELEASED_FOR = {
     "phone-high": "phone-high",
     "phone-mid": "phone-mid",

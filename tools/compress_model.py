@@ -228,7 +228,7 @@ class ModelJob:
             from latentrelay.reference.students import LOSSES, distillation_of
 
             base = distillation_of(None if self.profile is None else self.profile.student_class)
-            losses = replace(DistilLosses(), **LOSSES)
+            losses = DistilLosses(*LOSSES)
         recipe = Recipe(**{**asdict(base), "mixed_precision": self.training.mixed_precision, **given})
         often = max(1, min(recipe.checkpoint_every, recipe.steps // 4))  # a short run is checkpointed too
         return replace(recipe, checkpoint_every=often, log_every=min(recipe.log_every, often)), losses
