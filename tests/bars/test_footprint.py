@@ -2,7 +2,7 @@
 
 For each profile: the student's shape, its U-Net exported, its files weighed, and a fresh process that runs the text
 encoder, two steps and (once for all) the decoder through the runtime's own backend, in the runtime's own order, its
-peak read off VmHWM. Random weights. Needs about ten quiet minutes and 6 GiB; figures go to docs/measured/footprint.json.
+peak read off VmHWM. Random weights. About ten quiet minutes and 6 GiB; figures go to docs/measured/footprint.json.
 """
 
 from __future__ import annotations
