@@ -34,7 +34,7 @@ def plot_scores(scores: Mapping[str, float], units: Sequence[PrunableUnit], out:
     axis.grid(alpha=0.3, axis="x")
     for kind, colour in _COLOURS.items():
         axis.barh([0], [0], color=colour, label=kind.replace("_", " "))
-    axis.legend(fontsize=7, loc="lower right")
+    axis.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncol=len(_COLOURS), frameon=False)
     _save(figure, out)
 
 
