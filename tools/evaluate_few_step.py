@@ -18,9 +18,10 @@ from latentrelay.runtime.errors import RequestError
 from latentrelay.runtime.samplers import sampler_for, sampler_rule
 from latentrelay.tools.console import counting, emit, extra, table
 from latentrelay.tools.evaluate import SPLITS, bootstrap_interval, evaluate_pictures, score_each
+from latentrelay.tools.few_step import NUMBERS_OF_STEPS
 from latentrelay.tools.models import FEW_STEP, REFERENCE, few_step_adapters, merging, resolve
 
-RUNS = ((25, 10), (4, 0), (4, 2), (4, 4), (8, 0), (8, 4), (8, 8))  # (num_steps, split): first step on the device
+RUNS = ((25, 10), (4, 2), (8, 4), (4, 0), (8, 0), (4, 4), (8, 8))  # (num_steps, split): first step on the device
 _BATCH = 16
 
 
@@ -48,14 +49,17 @@ def run(
         raise RequestError("unknown data split", got=data_split, expected=" or ".join(SPLITS))
     with extra("compress", "evaluating a model"):
         from latentrelay.reference import captions as grammar
-    plain, few = networks(student, folder, adapters)
     pairs = grammar.sample_captions(data_split, captions, seed)  # type: ignore[arg-type]
     prompts = [caption.text for _, caption in pairs]
     seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
     rows: list[dict[str, Any]] = []
+    loaded: dict[bool, Networks] = {}
     for num_steps, split in runs:
         started = time.perf_counter()
-        chosen = plain if num_steps > 8 else few
+        few = num_steps <= max(NUMBERS_OF_STEPS)
+        if few not in loaded:
+            loaded[few] = few_step_networks(student, folder, adapters) if few else networks(student, folder)
+        chosen = loaded[few]
         words = f"{num_steps} steps, {split} in the cloud"
         pictures = hybrid_pictures(chosen, prompts, seeds, num_steps=num_steps, split=split, words=words)
         found = evaluate_pictures(pictures, pairs)
@@ -100,22 +104,30 @@ def run(
     emit(document, as_json, show)
 
 
-def networks(student: str, folder: Path | None = None, adapters: Path | None = None) -> tuple[Networks, Networks]:
-    """The plain pair and the few-step pair of a released student, or of the U-Net in `folder` with its `adapters`."""
+def networks(student: str, folder: Path | None = None) -> Networks:
+    """The plain pair: the reference and a released student of it, or the U-Net in `folder`."""
+    return Networks(_reference(REFERENCE), _student(folder or Path(resolve(REFERENCE)) / "students" / student / "unet"))
+
+
+def few_step_networks(student: str, folder: Path | None = None, adapters: Path | None = None) -> Networks:
+    """The same pair with consistency adapters merged: the shipped ones, or the file `adapters` for the student."""
     from latentrelay.compress.lora import Adapter, merge
+
+    ending = _reference(REFERENCE)
+    ending.unet = networks(student, folder).student
+    merge(ending, [Adapter(adapters or few_step_adapters(student))])
+    return Networks(_reference(FEW_STEP), ending.unet)
+
+
+def _reference(model: str) -> Any:
+    import torch
     from latentrelay.reference import pipeline as reference
 
-    pairs = []
-    for model in (REFERENCE, FEW_STEP):
-        pipeline = reference.load(Path(resolve(REFERENCE)))
-        if (adapt := merging(model)) is not None:
-            adapt(pipeline)
-        ending = reference.load(Path(resolve(REFERENCE)))
-        ending.unet = _student(folder or Path(resolve(REFERENCE)) / "students" / student / "unet")
-        if model == FEW_STEP:
-            merge(ending, [Adapter(adapters or few_step_adapters(student))])
-        pairs.append(Networks(pipeline, ending.unet))
-    return pairs[0], pairs[1]
+    pipeline = reference.load(Path(resolve(model)))
+    if (adapt := merging(model)) is not None:
+        adapt(pipeline)
+    pipeline.unet.to(memory_format=torch.channels_last)
+    return pipeline
 
 
 def _student(folder: Path) -> Any:
@@ -123,7 +135,7 @@ def _student(folder: Path) -> Any:
     from latentrelay.compress.student_unet import StudentUNet2DConditionModel
 
     unet = StudentUNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
-    return unet.eval().requires_grad_(False)
+    return unet.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def hybrid_pictures(
