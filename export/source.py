@@ -29,6 +29,7 @@ class SourceModel:
     """A checked pipeline in float32 on the CPU, what it is called, and its model digest ("sha256:<hex>").
 
     `notes` go into the manifest's additional_metadata: which adapters were merged, whose U-Net the device runs.
+    `base_digest` is the model digest before adapters were merged, None where none were.
     """
 
     pipeline: Any
@@ -38,6 +39,7 @@ class SourceModel:
     licence: str
     revision: str | None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    base_digest: str | None = None
 
 
 def load_source(
@@ -69,6 +71,7 @@ def load_source(
     for part in DIGESTED:
         module = getattr(pipeline, part).eval().requires_grad_(False)
         torch.nn.Module.to(module, device="cpu", dtype=torch.float32)  # diffusers' own `to` talks about every cast
+    base = model_digest(pipeline) if loras else None
     merged = merge(pipeline, loras)
     return SourceModel(
         pipeline,
@@ -78,6 +81,7 @@ def load_source(
         _licence(Path(origin)),
         revision,
         {"adapters": [each.document() for each in merged]} if merged else {},
+        base,
     )
 
 

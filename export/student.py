@@ -41,7 +41,7 @@ def with_student(
     if isinstance(student, (str, Path)):
         folder = Path(student)
         name = (folder.parent if folder.name == "unet" else folder).resolve().name
-        compression = _compression(folder, source)
+        compression = _compression(folder, source, adapted=bool(adapters))
         student = _load(folder)
     own, theirs = source.pipeline.unet.config, student.config
     for setting in _MUST_AGREE:
@@ -68,8 +68,12 @@ def with_student(
     return replace(source, pipeline=swapped, notes={**source.notes, "student": note}), record
 
 
-def _compression(folder: Path, source: SourceModel) -> dict[str, Any]:
-    """What the folder's plan says was done. A folder without a plan says nothing: nothing can be checked then."""
+def _compression(folder: Path, source: SourceModel, *, adapted: bool) -> dict[str, Any]:
+    """What the folder's plan says was done. A folder without a plan says nothing: nothing can be checked then.
+
+    A student with adapters of its own fits a source with adapters merged where it was made from the source before
+    that: as of few-step networks, where each side has its own.
+    """
     if not (folder / PLAN_JSON).is_file():
         return {}
     try:
@@ -77,7 +81,8 @@ def _compression(folder: Path, source: SourceModel) -> dict[str, Any]:
     except PlanError as error:
         raise SourceError(f"the student's plan cannot be read: {error}", got=str(folder)) from error
     made_from = (recipe.source.digest, *recipe.compression.get("fits", ()))
-    if source.digest not in made_from:
+    fitting = {source.digest, source.base_digest} if adapted else {source.digest}
+    if not fitting & set(made_from):
         raise UnsupportedSourceError(
             "student, which was made from another model", got=source.digest, expected=" or ".join(made_from)
         )

@@ -11,6 +11,7 @@ from latentrelay.runtime.samplers import sampler_reason
 from latentrelay.tools.console import counting, emit, err, extra, printable, table
 from latentrelay.tools.models import (
     FEW_STEP,
+    FEW_STEP_STUDENT,
     OURS,
     REFERENCE,
     adapters,
@@ -104,7 +105,7 @@ def _for_device(
     if student == "auto" and model in OURS:
         from latentrelay.reference.students import RELEASED_FOR
 
-        student = RELEASED_FOR[profile.student_class]
+        student = FEW_STEP_STUDENT if model == FEW_STEP else RELEASED_FOR[profile.student_class]
     elif student == "auto" and data is not None:
         chosen["student"] = _compressed(model, profile, output.with_name(output.name + ".student"), data, steps)
     if student not in ("auto", "none"):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 REFERENCE = "reference"
 FEW_STEP = "reference-few-step"
+FEW_STEP_STUDENT = "phone-mid"  # the released student that has consistency adapters of its own
 OURS = (REFERENCE, FEW_STEP)
 _TEACHER_ADAPTERS = "teacher_lora.safetensors"
 
