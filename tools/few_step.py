@@ -33,7 +33,7 @@ class FewStepRecipe:
     """What is trained how long: `trajectories` in all, optimiser `steps` of `batch` states, LoRA `rank`. `target` is
     "solution" (of the solver) or "next" (as published), see compress/consistency.py."""
 
-    trajectories: int = 2304
+    trajectories: int = 2432
     steps: int = 700
     batch: int = 32
     rank: int = 12
