@@ -29,7 +29,7 @@ from latentrelay.runtime.errors import RequestError
 from latentrelay.runtime.samplers import sampler_rule, scheduler_digest
 from latentrelay.tools.compress import note, plan_document, student_target
 from latentrelay.tools.console import counting
-from latentrelay.tools.student_folder import student_folder
+from latentrelay.tools.student_folder import roundtrip_identical, student_folder
 
 SEED = 0
 
@@ -64,7 +64,7 @@ def compress_geometry(
             student.save_pretrained(folder / "unet", safe_serialization=True)
             document = _document(geometry, student, plan, source_parameters, recipe, budget)
             _write_plan(folder, geometry, student, profile, document)
-            document["roundtrip_identical"] = _roundtrip(student, folder / "unet", geometry)
+            document["roundtrip_identical"] = roundtrip_identical(student, folder / "unet", geometry.tokens)
             advance("done", 1)
     return {**document, "student": str(output)}
 
@@ -164,16 +164,3 @@ def _write_plan(
 
 def _arrays(module: Any) -> Any:
     return ((name, tensor.detach().numpy()) for name, tensor in module.state_dict().items())
-
-
-@torch.no_grad()
-def _roundtrip(student: StudentUNet2DConditionModel, folder: Path, geometry: Geometry) -> bool:
-    """Whether the saved network loads to the same output, bit for bit (a small latent: same weights, same code)."""
-    generator = torch.Generator().manual_seed(SEED)
-    config: Any = student.config
-    latents = torch.randn(1, config.in_channels, 16, 16, generator=generator)
-    states = torch.randn(1, geometry.tokens, config.cross_attention_dim, generator=generator)
-    timestep = torch.tensor([500])
-    wanted = student.eval()(latents, timestep, states).sample
-    again: Any = StudentUNet2DConditionModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    return torch.equal(again.eval()(latents, timestep, states).sample, wanted)

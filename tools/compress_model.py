@@ -38,7 +38,7 @@ from latentrelay.tools.compress import Training, note, plan_document, student_ta
 from latentrelay.tools.compress_data import folder_data, reference_data, scoring_prompts
 from latentrelay.tools.console import counting
 from latentrelay.tools.models import REFERENCE, adapters, default_guidance, public_name, resolve
-from latentrelay.tools.student_folder import student_folder
+from latentrelay.tools.student_folder import roundtrip_identical, student_folder
 
 # Away from the reference the paper's settings are the default: they want an accelerator and days.
 PAPER = Recipe(steps=50_000, batch=64, learning_rate=5e-5, warmup=500, decay=0.0, checkpoint_every=500)
@@ -96,7 +96,7 @@ class ModelJob:
             for name in ("scores.png", "losses.png"):
                 if (self.work / name).exists():
                     shutil.copyfile(self.work / name, folder / name)
-            identical = self._roundtrip(student, folder / "unet")
+            identical = roundtrip_identical(student, folder / "unet", self.geometry.tokens)
         widths = widths_of(student)
         return {
             **document,
@@ -273,19 +273,6 @@ class ModelJob:
             solver_table(scheduler, steps),
             document,
         )
-
-    @torch.no_grad()
-    def _roundtrip(self, student: StudentUNet2DConditionModel, folder: Path) -> bool:
-        config: Any = student.config
-        side = 2 ** (len(config.block_out_channels) + 1)
-        generator = torch.Generator().manual_seed(0)
-        latents = torch.randn(1, config.in_channels, side, side, generator=generator)
-        states = torch.randn(1, self.geometry.tokens, config.cross_attention_dim, generator=generator)
-        timestep = torch.tensor([500])
-        again: Any = StudentUNet2DConditionModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-        memory = torch.contiguous_format  # training leaves channels-last, which rounds otherwise
-        wanted = student.eval().to(memory_format=memory)(latents, timestep, states).sample
-        return torch.equal(again.eval()(latents, timestep, states).sample, wanted)
 
 
 def _scheduler(pipeline: Any, rule: Any) -> Any:

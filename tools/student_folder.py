@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from latentrelay.runtime.errors import RequestError
 
@@ -65,3 +66,28 @@ def _is_student(folder: Path) -> bool:
         return bool(document["recipe"]["compression"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def roundtrip_identical(student: Any, folder: Path, tokens: int) -> bool:
+    """Whether the U-Net saved in `folder` loads to the same weights and the same output, bit for bit.
+
+    Weights of both are laid out afresh before they run (`student` is changed so): where a tensor begins in memory, which
+    a memory-mapped file decides, and the order of its channels, which training changes, may change a sum's rounding.
+    """
+    import torch
+    from latentrelay.compress.student_unet import StudentUNet2DConditionModel
+
+    again: Any = StudentUNet2DConditionModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    for network in (student.eval(), again.eval()):
+        for parameter in network.parameters():
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    loaded = again.state_dict()
+    if not all(torch.equal(tensor, loaded[name]) for name, tensor in student.state_dict().items()):
+        return False
+    side = 2 ** (len(student.config.block_out_channels) + 1)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, student.config.in_channels, side, side, generator=generator)
+    states = torch.randn(1, tokens, student.config.cross_attention_dim, generator=generator)
+    with torch.no_grad():
+        wanted, got = (network(latents, torch.tensor([500]), states).sample for network in (student, again))
+    return torch.equal(wanted, got)
