@@ -71,8 +71,8 @@ def _is_student(folder: Path) -> bool:
 def roundtrip_identical(student: Any, folder: Path, tokens: int) -> bool:
     """Whether the U-Net saved in `folder` loads to the same weights and the same output, bit for bit.
 
-    Weights of both are laid out afresh before they run (`student` is changed so): where a tensor begins in memory, which
-    a memory-mapped file decides, and the order of its channels, which training changes, may change a sum's rounding.
+    Weights of both are laid out afresh before they run (`student` is changed so): where a tensor begins in memory,
+    which a memory-mapped file decides, and its channels' order, which training changes, may change a sum's rounding.
     """
     import torch
     from latentrelay.compress.student_unet import StudentUNet2DConditionModel
