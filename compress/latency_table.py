@@ -78,7 +78,8 @@ class LatencyTable:
 
     def block_ms(self, shape: BlockShape) -> float:
         """A block's time, interpolated between the widths of its family. Raises LatencyTableError."""
-        known = sorted((each.shape.width, each.median_ms) for each in self.timings if each.shape.family == shape.family)
+        mine = [each for each in self.timings if each.shape.family == shape.family]
+        known = sorted({each.shape.width: each.median_ms for each in mine}.items())
         if not known:
             raise LatencyTableError(
                 "the latency table has no such block", got=shape.family, do="Measure this model's own blocks."
