@@ -1,0 +1,79 @@
+"""`latentrelay devices check`: what fits and what does not, by the exit status and one JSON object."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import latentrelay.device_profiles
+import pytest
+from latentrelay.runtime.errors import RequestError
+from latentrelay.tools.devices_check import _operators, run
+
+SHIPPED = Path(latentrelay.device_profiles.__file__).parent
+
+
+def check(capsys: pytest.CaptureFixture[str], name: str, **more: Any) -> tuple[int, dict[str, Any]]:
+    arguments: dict[str, Any] = {"geometry": None, "model": None, "as_json": True, **more}
+    status = run(name, **arguments)
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return status, document
+
+
+def test_the_reference_fits_a_phone_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    status, document = check(capsys, "galaxy-s24", model="reference")
+    assert (status, document["fits"]) == (0, True)
+    predicted = document["predicted"]
+    assert predicted["parameters"] == 8_765_028
+    assert predicted["bytes"] > 4 * predicted["all_parameters"]
+    assert 90 < predicted["peak_memory_mib"] < 200  # 130 to 132 were measured
+    assert predicted["step_ms"] > 0
+    assert "estimate" in predicted["step_ms_source"]
+
+
+def test_sd14_unpruned_is_refused_with_the_part_that_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    status, document = check(capsys, "generic-android", geometry="sd14", student="none")
+    assert (status, document["fits"]) == (3, False)
+    assert (document["limiting"], document["limiting_part"]) == ("peak_memory", "steps")
+    assert "attention scores 2 x 8 x 4096 x 4096" in document["reason"]
+    assert document["predicted"]["parameters"] == 859_520_964
+
+
+def test_a_device_too_small_for_anything_says_what_the_closest_would_need(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (SHIPPED / "pixel-8.toml").read_text()
+    lines = [
+        "aliases = []" if line.startswith("aliases = ")
+        else "application_ceiling_mib = 64" if line.startswith("application_ceiling_mib")
+        else line.replace('"pixel-8"', '"small-phone"') if line.startswith("name = ") else line
+        for line in text.splitlines()
+    ]  # fmt: skip
+    (tmp_path / "small-phone.toml").write_text("\n".join(lines) + "\n")
+    status, document = check(capsys, "small-phone", model="reference", profiles=tmp_path)
+    assert (status, document["limiting"]) == (3, "peak_memory")
+    assert "the closest that can be built has" in document["reason"]
+
+
+def test_a_model_or_a_geometry_not_both_and_not_none() -> None:
+    for given in ({"geometry": None, "model": None}, {"geometry": "sd14", "model": "reference"}):
+        with pytest.raises(RequestError, match="exactly one"):
+            run("galaxy-s24", **given)  # type: ignore[arg-type]
+
+
+def test_a_single_file_is_sent_to_the_geometry(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="--geometry sd14"):
+        run("galaxy-s24", geometry=None, model=str(tmp_path / "model.safetensors"))
+
+
+def test_operators_are_those_of_a_bundle() -> None:
+    onnx = pytest.importorskip("onnx")
+    from latentrelay.device_profiles import load_profile
+
+    golden = Path(__file__).parents[1] / "golden" / "bundle-1.0"
+    found = _operators(load_profile("x86-laptop-vnni"))
+    files = {"text_encoder": "text_encoder/model", "unet": "unet/step_full", "vae_decoder": "vae_decoder/model"}
+    for part, path in files.items():
+        graph = onnx.load(str(golden / f"{path}.onnx"), load_external_data=False).graph
+        assert {node.op_type for node in graph.node} <= found[part], part
