@@ -59,6 +59,47 @@ def devices_validate(file: Path, as_json: Json = False) -> None:
     devices_command.validate(file, as_json)
 
 
+@devices.command("check")
+def devices_check(
+    name: str,
+    geometry: Annotated[str | None, typer.Option(help="Instead of a model: sd14, its shapes without weights.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="'reference', or a folder in diffusers' layout.")
+    ] = None,
+    student: Annotated[
+        str, typer.Option(help="auto: the one that compress would choose; none: the model's own U-Net; or a folder.")
+    ] = "auto",
+    light_vae: Annotated[Path | None, typer.Option(help="A folder with the device's AutoencoderTiny.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32 is what build writes; others are estimates.")] = "fp32",
+    height: Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")] = None,
+    num_steps: NumSteps = 25,
+    max_step_ms: Annotated[float | None, typer.Option(min=0, help="Also refuse a slower guided step.")] = None,
+    measure: Annotated[bool, typer.Option(help="Measure the blocks here where no table of them is shipped.")] = False,
+    profiles: ProfileFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Whether a model's bundle fits a device, from shapes alone; exit status 3 if it does not."""
+    from latentrelay.tools import devices_check
+
+    status = devices_check.run(
+        name,
+        geometry=geometry,
+        model=model,
+        student=student,
+        vae=light_vae,
+        precision=precision,
+        height=height,
+        width=width,
+        num_steps=num_steps,
+        max_step_ms=max_step_ms,
+        measure=measure,
+        profiles=profiles,
+        as_json=as_json,
+    )
+    raise typer.Exit(status)
+
+
 @devices.command("measure")
 def devices_measure(
     output: Annotated[
