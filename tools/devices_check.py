@@ -16,7 +16,7 @@ from latentrelay.device_profiles import DeviceProfile, load_profile
 from latentrelay.device_profiles.preflight import Predicted, Preflight, preflight
 from latentrelay.runtime.errors import REFUSED, RequestError
 from latentrelay.tools.console import counting, emit, err, extra, printable, table
-from latentrelay.tools.models import REFERENCE
+from latentrelay.tools.models import REFERENCE, resolve
 
 # ONNX operators of what export/ writes, by component; a test compares them with an export.
 _SHARED = {"Add", "Concat", "Identity", "MatMul", "Mul", "Reshape", "Sigmoid", "Softmax", "Transpose", "Unsqueeze"}
@@ -57,7 +57,9 @@ def run(
         source = source.at(height, width)
         if vae is not None:
             source = source.with_vae(_config(vae))
-        shape, refusal = _chosen(source, student, profile, precision)
+        elif model == REFERENCE and student != "none":
+            source = source.with_vae(_config(Path(resolve(REFERENCE)) / "light_vae"))  # what build takes
+        shape, refusal = _chosen(source, _released(model, student, profile), profile, precision)
         result = foot.footprint(shape, precision, num_steps=num_steps)
         step_ms, how = _step_ms(shape, profile, measure, cache)
         predicted = Predicted(
@@ -98,6 +100,15 @@ def _geometry_of(model: str) -> Any:
             do="For a Stable Diffusion 1.x file, give --geometry sd14.",
         )  # fmt: skip
     return from_folder(_hub_configs(model), name=model)
+
+
+def _released(model: str | None, student: str, profile: DeviceProfile) -> str:
+    """On the reference, auto is the student released for the profile's class, as it is for build."""
+    if model != REFERENCE or student != "auto":
+        return student
+    from latentrelay.reference.students import RELEASED_FOR
+
+    return RELEASED_FOR[profile.student_class]
 
 
 def _hub_configs(model: str) -> Path:
