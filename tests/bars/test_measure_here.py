@@ -41,3 +41,18 @@ def test_two_measurements_agree(tmp_path: Path, measured: Callable[[str, dict[st
     assert one.target_precision == two.target_precision
     ratio = one.target_unet_parameters.parameters / two.target_unet_parameters.parameters
     assert 0.75 < ratio < 1.33  # quiet repeats spread by a quarter
+
+
+def test_a_bundle_is_built_for_the_measured_machine(tiny: Any, tmp_path: Path) -> None:
+    from latentrelay.export import export
+    from latentrelay.runtime import Bundle
+    from latentrelay.tools import devices_measure
+    from latentrelay.tools.unet_parts import Part
+
+    path = tmp_path / "my-box.toml"
+    devices_measure.run(path, runs=5, parts=(Part("resnet", 8, 64),))
+    pipeline = tiny.make_pipeline(tmp_path / "work")
+    built = export(pipeline, load_profile(path), tmp_path / "bundle", num_steps=2)
+    manifest = Bundle.open(built.bundle).manifest
+    assert manifest.profile["name"] == "my-box"
+    assert manifest.backend.session_options["intra_op_threads"] == load_profile(path).backend.threads
