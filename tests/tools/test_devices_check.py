@@ -22,7 +22,7 @@ def check(capsys: pytest.CaptureFixture[str], name: str, **more: Any) -> tuple[i
 
 
 def test_the_reference_fits_a_phone_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    status, document = check(capsys, "galaxy-s24", model="reference")
+    status, document = check(capsys, "galaxy-s24", model="reference", student="none")
     assert (status, document["fits"]) == (0, True)
     predicted = document["predicted"]
     assert predicted["parameters"] == 8_765_028
@@ -30,6 +30,13 @@ def test_the_reference_fits_a_phone_as_it_is(capsys: pytest.CaptureFixture[str])
     assert 90 < predicted["peak_memory_mib"] < 200  # 130 to 132 were measured
     assert predicted["step_ms"] > 0
     assert "estimate" in predicted["step_ms_source"]
+
+
+def test_the_reference_is_checked_as_build_takes_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the student released for the profile's class and the light decoder."""
+    _, document = check(capsys, "raspberry-pi-5", model="reference")
+    assert document["predicted"]["parameters"] == 999_924
+    assert document["predicted"]["peak_memory_mib"] < 110
 
 
 def test_sd14_unpruned_is_refused_with_the_part_that_limits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,7 +58,7 @@ def test_a_device_too_small_for_anything_says_what_the_closest_would_need(
         for line in text.splitlines()
     ]  # fmt: skip
     (tmp_path / "small-phone.toml").write_text("\n".join(lines) + "\n")
-    status, document = check(capsys, "small-phone", model="reference", profiles=tmp_path)
+    status, document = check(capsys, "small-phone", model=str(reference_path()), profiles=tmp_path)
     assert (status, document["limiting"]) == (3, "peak_memory")
     assert "the closest that can be built has" in document["reason"]
 
