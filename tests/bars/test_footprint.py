@@ -39,7 +39,7 @@ peaks, rng = {}, np.random.default_rng(0)
 for name, path, runs, inputs, outputs in stages:
     ports = [tuple(Port(port, port, dtype, tuple(shape)) for port, dtype, shape in side) for side in (inputs, outputs)]
     graph = backend.load(Path(path), Component(name, path, *ports))
-    feeds = {p.name: rng.standard_normal(p.shape).astype(p.dtype) if p.dtype == "float32" else np.ones(p.shape, p.dtype)
+    feeds = {p.name: np.asarray(rng.standard_normal(p.shape) if p.dtype == "float32" else np.ones(p.shape), p.dtype)
              for p in ports[0]}
     for _ in range(runs):
         graph.run(feeds)
