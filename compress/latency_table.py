@@ -121,11 +121,11 @@ def block_shapes(unet: Any, rows: int, columns: int, tokens: int) -> list[BlockS
         elif isinstance(module, Downsample2D):
             found.append(
                 BlockShape("downsampler", size[0] // 2, size[1] // 2, module.conv.in_channels, module.out_channels)
-            )  # type: ignore[union-attr]
+            )
         elif isinstance(module, Upsample2D):
             found.append(
                 BlockShape("upsampler", size[0] * 2, size[1] * 2, module.conv.in_channels, module.out_channels)
-            )  # type: ignore[union-attr]
+            )
         elif isinstance(module, Transformer2DModel):
             width = module.in_channels
             found.append(BlockShape("projections", *size, width, width, groups=groups))

@@ -30,7 +30,10 @@ devices = typer.Typer(help="Device profiles: those shipped, your own, and one of
 app.add_typer(devices, name="devices")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
-Model = Annotated[str, typer.Option("--model", "-m", help="'reference', a hub id, a folder or a .safetensors file.")]
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="'reference', 'reference-few-step', a hub id, a folder or a .safetensors file."),
+]
 ProfileFolder = Annotated[Path | None, typer.Option("--profiles", help="A folder of your own device profiles.")]
 NumSteps = Annotated[int, typer.Option("--num-steps", min=1, max=1000, help="N, the steps of the whole run.")]
 
@@ -144,6 +147,13 @@ def compress(
     mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no",
     pictures: Annotated[int | None, typer.Option(min=4, help="Scenes to distil on, for the reference.")] = None,
     work: Annotated[Path | None, typer.Option(help="Scores, data and checkpoints; OUTPUT.work if not given.")] = None,
+    few_step: Annotated[
+        bool, typer.Option("--few-step", help="Distil to latent consistency instead: OUTPUT/lora.safetensors.")
+    ] = False,
+    prompts: Annotated[Path | None, typer.Option(help="For --few-step: a file of prompts, one a line.")] = None,
+    student: Annotated[
+        Path | None, typer.Option(help="For --few-step: the student to train, in place of the model.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
     config: Annotated[
         str | None, typer.Option(help="For a .safetensors file: the folder or hub id that describes it.")
@@ -153,6 +163,20 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Prune and distil a model's U-Net for a device; run again to go on where it was killed."""
+    if few_step:
+        from latentrelay.tools import few_step as consistency
+
+        consistency.run(
+            output,
+            model=model or "reference",
+            student=student,
+            prompts=prompts,
+            guidance=None,
+            recipe=consistency.FewStepRecipe(),
+            trajectories=None,
+            as_json=as_json,
+        )
+        return
     from latentrelay.tools import compress
 
     compress.run(
@@ -186,7 +210,9 @@ def build(
         str | None, typer.Option(help="For a .safetensors file: the folder or hub id that describes it.")
     ] = None,
     num_steps: NumSteps = 25,
-    sampler: Annotated[str | None, typer.Option(help="dpmsolver++ or ddim; the source's own if not given.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="dpmsolver++, ddim or lcm; the source's own if not given.")
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")] = None,
     guidance: Annotated[float | None, typer.Option(help="The bundle's default guidance scale.")] = None,
@@ -252,6 +278,7 @@ def serve(
     cert: Annotated[Path | None, typer.Option(help="TLS certificate, PEM.")] = None,
     key: Annotated[Path | None, typer.Option(help="TLS key, PEM.")] = None,
     insecure: Annotated[bool, typer.Option(help="Plain HTTP off loopback, where another proxy ends TLS.")] = False,
+    lora: Annotated[list[str] | None, typer.Option(help="Adapters merged into the model: FILE or FILE:SCALE.")] = None,
     port_file: Annotated[Path | None, typer.Option(help="Write the port here once requests are answered.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -268,6 +295,7 @@ def serve(
         cert=cert,
         key=key,
         insecure=insecure,
+        loras=lora or (),
         port_file=port_file,
         as_json=as_json,
     )
@@ -341,6 +369,10 @@ def evaluate(
     ] = None,
     splits: Annotated[str | None, typer.Option(help="For --sweep: first steps on the device, as in '8,25'.")] = None,
     vae: Annotated[bool, typer.Option("--vae", help="The light autoencoder beside the source's, instead.")] = False,
+    few_step: Annotated[
+        bool, typer.Option("--few-step", help="Hybrids of 4 and 8 consistency steps beside those of 25, instead.")
+    ] = False,
+    lora: Annotated[list[str] | None, typer.Option(help="Adapters merged into the model: FILE or FILE:SCALE.")] = None,
     decoder: Annotated[
         str | None, typer.Option(help="The device's decoder: for --sweep light or source, or a light VAE's folder.")
     ] = None,
@@ -348,8 +380,16 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a model's pictures of held-out Scenes captions with the judge; with --sweep, of its hybrid runs."""
-    if sweep and vae:
-        raise typer.BadParameter("--sweep and --vae are two evaluations; ask for one")
+    if sweep + vae + few_step > 1:
+        raise typer.BadParameter("--sweep, --vae and --few-step are evaluations of their own; ask for one")
+    if few_step:
+        from latentrelay.tools import evaluate_few_step
+
+        name = (student or ["phone-mid"])[0]
+        evaluate_few_step.run(
+            captions, seed, student=name, folder=None, adapters=None, data_split=split, as_json=as_json
+        )
+        return
     if sweep:
         from latentrelay.tools import sweep as sweeping
 
@@ -385,6 +425,7 @@ def evaluate(
         split=split,
         sheet=sheet,
         as_json=as_json,
+        loras=lora or (),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import latentrelay.device_profiles
 import pytest
+from latentrelay.reference.pipeline import reference_path
 from latentrelay.runtime.errors import RequestError
 from latentrelay.tools.devices_check import _operators, run
 
