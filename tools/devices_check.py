@@ -21,8 +21,8 @@ from latentrelay.tools.models import REFERENCE, resolve
 # ONNX operators of what export/ writes, by component; a test compares them with an export.
 _SHARED = {"Add", "Concat", "Identity", "MatMul", "Mul", "Reshape", "Sigmoid", "Softmax", "Transpose", "Unsqueeze"}
 _TEXT = {"ArgMax", "Cast", "Equal", "Gather", "GatherND", "LayerNormalization"}
-_STEP = {"Conv", "Cos", "Equal", "Expand", "Gather", "Gelu", "Gemm", "InstanceNormalization", "LayerNormalization", "ReduceMean", "Resize",
-         "Sin", "Slice", "Split", "Sub", "Where"}  # fmt: skip
+_STEP = {"Conv", "Cos", "Equal", "Expand", "Gather", "Gelu", "Gemm", "InstanceNormalization", "LayerNormalization",
+         "ReduceMean", "Resize", "Sin", "Slice", "Split", "Sub", "Where"}  # fmt: skip
 _DECODER = {"Conv", "InstanceNormalization", "Resize"}
 _DYNAMIC = {"Expand", "Range", "Shape", "Slice", "Squeeze"}  # where the batch is not fixed
 
