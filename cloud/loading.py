@@ -37,8 +37,9 @@ def load_pipeline(
     """The pipeline in evaluation mode on `device`. `config` is the folder or hub id that describes a single file.
 
     `adapt` changes the pipeline's weights in place before anything else sees them, in float32 on the CPU: it is how
-    adapters are merged, which is the caller's business. The environment variables HF_HOME and HF_TOKEN are honoured by the hub client. Raises ModelRefusedError for a
-    pipeline of another kind or one without safetensors, ModelLoadError for one that cannot be found or read.
+    adapters are merged, which is the caller's business. The environment variables HF_HOME and HF_TOKEN are honoured by
+    the hub client. Raises ModelRefusedError for a pipeline of another kind or one without safetensors, ModelLoadError
+    for one that cannot be found or read.
     """
     path = Path(model)
     read = torch.float32 if adapt is not None else dtype
