@@ -34,7 +34,8 @@ from latentrelay.runtime.manifest import BackendSpec, Component, Port
 from latentrelay.runtime.backend import open_backend
 
 stages, options = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-backend = open_backend(BackendSpec("onnxruntime", ("CPUExecutionProvider",), {"intra_op_threads": 1, **options}))
+spec = BackendSpec("onnxruntime", ("CPUExecutionProvider",), options)
+backend = open_backend(spec, providers=None, threads=1)
 peaks, rng = {}, np.random.default_rng(0)
 for name, path, runs, inputs, outputs in stages:
     ports = [tuple(Port(port, port, dtype, tuple(shape)) for port, dtype, shape in side) for side in (inputs, outputs)]
