@@ -51,9 +51,10 @@ class Picture:
 
 def machine_profile() -> str:
     """The shipped profile nearest to the machine this runs on."""
-    return {"x86_64": "x86-laptop-vnni", "AMD64": "x86-laptop-vnni", "aarch64": "raspberry-pi-5"}.get(
-        platform.machine(), "generic-android"
-    )
+    if platform.system() == "Darwin":
+        return "mac-m1"
+    known = {"x86_64": "x86-laptop-vnni", "AMD64": "x86-laptop-vnni", "aarch64": "raspberry-pi-5"}
+    return known.get(platform.machine(), "generic-android")
 
 
 def run(output: Path, *, captions: int, num_steps: int, split: int, device: str | None, as_json: bool) -> None:
