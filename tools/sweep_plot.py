@@ -30,7 +30,8 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
     for axis, (name, scale, title) in zip(axes, _ROWS, strict=True):
         for i, student in enumerate(document["students"]):
             _line(axis, [row for row in document["rows"] if row["student"] == student], name, scale, f"C{i}", student)
-        axis.set_title(title, fontsize=10)
+        _splits(axis, document["rows"])
+        axis.set_title(title, fontsize=10, pad=14)
         axis.set_xlabel("cloud FLOPs saved, %", fontsize=9)
         axis.axvline(100 * SAVING, color="0.4", linestyle="--", linewidth=0.8)
         axis.grid(alpha=0.25)
@@ -40,7 +41,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
     axes[1].axhline(RATIO, color="0.4", linestyle="--", linewidth=0.8)
     axes[0].legend(fontsize=8, loc="lower left")
     figure.suptitle(
-        f"k of {document['num_steps']} steps in the cloud (the numbers), the rest on the device; "
+        f"k of {document['num_steps']} steps in the cloud (above the axes), the rest on the device; "
         f"{document['captions']} captions; dashed: the bars",
         fontsize=10,
     )
@@ -52,13 +53,19 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
         beside.unlink(missing_ok=True)
 
 
+def _splits(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """Each split's k above the axes, where it stands: all students share the cloud, so they share the place."""
+    for split, saving in {row["split"]: row["cloud_flops_saving"] for row in rows}.items():
+        place = (100 * saving, 1.0)
+        axis.annotate(f"{split}", place, xycoords=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=7)
+    axis.set_xlim(-4, 104)
+
+
 def _line(axis: Any, rows: list[dict[str, Any]], name: str, scale: float, colour: str, label: str) -> None:
     drawn = [row for row in rows if not (name == "psnr_db" and row["cloud_flops_saving"] == 0)]  # to itself: no figure
     x = [100 * row["cloud_flops_saving"] for row in drawn]
     y = [scale * row[name] for row in drawn]
     axis.plot(x, y, marker="o", markersize=3.5, linewidth=1.3, color=colour, label=label)
-    for row, at, value in zip(drawn, x, y, strict=True):
-        axis.annotate(str(row["split"]), (at, value), textcoords="offset points", xytext=(3, 4), fontsize=7)
     if name == "attribute_accuracy":  # the interval of the difference to the all-cloud run, drawn about the row
         for row, at in zip(drawn, x, strict=True):
             low, high = row["attribute_accuracy_difference_95"]
