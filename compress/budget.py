@@ -39,12 +39,14 @@ from latentrelay.compress.keep_ratios import (
 from latentrelay.compress.plan_student import Allocation, Considered, StudentPlan, plan_student
 from latentrelay.compress.prunable_units import PrunableUnit, prunable_units
 from latentrelay.compress.remove_blocks import BlockRecipe, parameter_count, removed_config, teacher_path
+from latentrelay.compress.step_estimate import estimated_step_ms
 from latentrelay.compress.student_unet import WIDTH_FIELDS
 from latentrelay.device_profiles import DeviceProfile
 from torch import nn
 
 _EVERYTHING = 10**15  # a ceiling above every network
 _ROUNDS = 4  # plan, weigh, plan again: the heads that a plan drops leave room for parameters
+_BISECTIONS = 7  # a hundredth of the range
 _CLOSE = 0.99  # of what is admitted, where the rounds may end
 
 
@@ -169,11 +171,63 @@ def student_within(
     blocks: BlockRecipe | None = None,
     allocation: Allocation = "sensitivity",
     rules: MemoryRules = RULES,
+    profile: DeviceProfile | None = None,
 ) -> BudgetedStudent:
     """The shape that is expected to lose least within `budget`; `unet` may be on the meta device.
 
-    Raises UnmetBudgetError, with the closest that can be built, when none keeps to it.
+    `budget.step_ms` needs the `profile` whose milliseconds they are: the ceiling on parameters is then lowered, by
+    bisection, until the estimated step keeps to it. Raises UnmetBudgetError, with the closest that can be built, when
+    no student keeps to the budget.
     """
+    within = _within(unet, scores, budget, geometry, precision, blocks, allocation, rules)
+    if budget.step_ms is None or profile is None:
+        return within
+
+    def step_ms(student: BudgetedStudent) -> float:
+        shape = geometry.with_unet(dict(planned_unet(unet, student.plan).config))
+        return estimated_step_ms(shape, profile)[0] or 0.0
+
+    if step_ms(within) <= budget.step_ms:
+        return within
+    low, high = 0, within.plan.parameters
+    best: BudgetedStudent | None = None
+    for _ in range(_BISECTIONS):
+        middle = (low + high) // 2
+        try:
+            tried = _within(
+                unet, scores, replace(budget, parameters=middle), geometry, precision, blocks, allocation, rules
+            )
+        except BudgetError:
+            low = middle
+            continue
+        if step_ms(tried) <= budget.step_ms:
+            best, low = tried, middle
+        else:
+            high = middle
+    if best is None:
+        whole = footprint(geometry.with_unet(dict(planned_unet(unet, within.plan).config)), precision, rules=rules)
+        raise UnmetBudgetError(
+            "step latency",
+            got=f"{budget.step_ms:,.0f} ms",
+            closest=whole.parameters,
+            closest_mib=whole.peak_memory_mib,
+            closest_bytes=whole.bytes,
+        )
+    limit = Limit("latency", budget.step_ms, best.plan.parameters, "the estimated milliseconds of a guided step")
+    admitted = Admitted(best.plan.parameters, "latency", (*best.admitted.limits, limit), precision)
+    return replace(best, admitted=admitted)
+
+
+def _within(
+    unet: UNet2DConditionModel,
+    scores: Mapping[str, float],
+    budget: Budget,
+    geometry: Geometry,
+    precision: str,
+    blocks: BlockRecipe | None,
+    allocation: Allocation,
+    rules: MemoryRules,
+) -> BudgetedStudent:
     search = _Search(unet, scores, budget, geometry, precision, allocation, rules, _recipes(unet, scores, blocks))
     search.check_other_stages()
     found: list[BudgetedStudent] = []

@@ -58,13 +58,13 @@ class MemoryRules:
     decoder_call: float
 
 
-# ONNX Runtime's defaults: from the second call on it takes one block for the whole plan, beside the arena of the first.
+# ONNX Runtime's defaults: from the second call on it takes one block for the whole plan, beside the first's arena.
 WITH_ARENA = MemoryRules(MappingProxyType({}), 80.0, 1.03, 2.85, 1.05, (1.06, 2.1), 1.72)
 # Session options cpu_arena and memory_pattern off: buffers are taken from the system and given back.
 _NONE = MappingProxyType({"cpu_arena": False, "memory_pattern": False})
 WITHOUT_ARENA = MemoryRules(_NONE, 80.0, 1.03, 2.1, 1.05, (1.06, 1.06), 1.3)
 # What the manifests of today's builds ask for.
-RULES = WITH_ARENA
+RULES = WITHOUT_ARENA
 
 
 @dataclass(frozen=True)

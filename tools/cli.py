@@ -136,6 +136,9 @@ def compress(
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="A published shape, such as hybrid-sd-224m.")] = None,
     parameters: Annotated[int | None, typer.Option(min=1, help="At most so many U-Net parameters.")] = None,
+    max_step_ms: Annotated[
+        float | None, typer.Option(min=0, help="With --device: at most so long a guided step, by estimate.")
+    ] = None,
     allocation: Annotated[str, typer.Option(help="sensitivity, or uniform for comparison.")] = "sensitivity",
     scores: Annotated[str, typer.Option(help="measured on the model, or the shipped prior.")] = "measured",
     lora: Annotated[list[str] | None, typer.Option(help="Adapters merged first: FILE or FILE:SCALE.")] = None,
@@ -197,6 +200,7 @@ def compress(
         profiles=profiles,
         overwrite=overwrite,
         as_json=as_json,
+        max_step_ms=max_step_ms,
     )
 
 

@@ -54,6 +54,7 @@ def run(
     profiles: Path | None,
     overwrite: bool,
     as_json: bool,
+    max_step_ms: float | None = None,
 ) -> None:
     """Make the student and print what it is."""
     if geometry is not None and model is not None:
@@ -74,12 +75,13 @@ def run(
     if geometry is not None:
         document = compress_geometry(
             geometry, output, profile=profile, recipe=recipe, parameters=parameters, allocation=allocation,
-            overwrite=overwrite,
+            overwrite=overwrite, max_step_ms=max_step_ms,
         )  # fmt: skip
     else:
         job = ModelJob(
             model or REFERENCE, output, work or output.with_name(output.name + ".work"), profile, recipe, parameters,
             allocation, tuple(loras), light_vae, training, scores, revision, config, overwrite,
+            max_step_ms,
         )  # fmt: skip
         document = job.run()
     document["seconds"] = round(time.perf_counter() - started, 1)
@@ -105,12 +107,22 @@ def _show(console: Any, document: Mapping[str, Any]) -> None:
     console.print(f"student: [bold]{printable(document['student'])}[/]")
 
 
-def student_target(model: str, profile: DeviceProfile | None, parameters: int | None) -> dict[str, Any]:
+def student_target(
+    model: str, profile: DeviceProfile | None, parameters: int | None, max_step_ms: float | None = None
+) -> dict[str, Any]:
     """The ceiling on the student's parameters and where it comes from; None where the profile's ceilings decide.
 
     On the reference, a hundredth of SD's size, a profile's ceilings would admit everything: there the released size of
-    the profile's class is the target.
+    the profile's class is the target. A ceiling in milliseconds is weighed with the profile's.
     """
+    if max_step_ms is not None:
+        if profile is None or parameters is not None:
+            raise RequestError(
+                "milliseconds need a device's figures",
+                got=[profile, parameters],
+                do="Give --device and no --parameters.",
+            )
+        return {"limited_by": "the profile", "parameters": None, "step_ms": max_step_ms}
     if parameters is not None:
         return {"limited_by": "--parameters", "parameters": parameters}
     if model == REFERENCE and profile is not None:

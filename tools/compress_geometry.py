@@ -43,6 +43,7 @@ def compress_geometry(
     parameters: int | None,
     allocation: str,
     overwrite: bool,
+    max_step_ms: float | None = None,
 ) -> dict[str, Any]:
     """Write the student's U-Net and a Plan below `output`; the document that the command prints."""
     geometry = named(name)
@@ -51,7 +52,7 @@ def compress_geometry(
     note(f"{name}: random weights; scores come from the shipped prior" if recipe is None else f"{name}: random weights")
     budget: dict[str, Any] | None = None
     if recipe is None:
-        budget = student_target(name, profile, parameters)
+        budget = student_target(name, profile, parameters, max_step_ms)
     with counting("making the source U-Net", 4) as advance:
         torch.manual_seed(SEED)
         source: Any = UNet2DConditionModel.from_config(dict(geometry.unet)).eval()
@@ -90,7 +91,14 @@ def _student(
         return build_student(source, plan), plan
     if profile is None:
         raise RequestError("nothing says how small the student is to be", do="Give --device, --parameters or --recipe.")
-    within = student_within(source, scores, budget_of(profile), geometry, allocation=allocation)
+    within = student_within(
+        source,
+        scores,
+        budget_of(profile, step_ms=budget.get("step_ms")),
+        geometry,
+        allocation=allocation,
+        profile=profile,
+    )
     budget |= {
         "limited_by": within.admitted.limiting,
         "parameters": within.admitted.parameters,

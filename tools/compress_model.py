@@ -63,6 +63,7 @@ class ModelJob:
     revision: str | None
     config: str | None
     overwrite: bool
+    max_step_ms: float | None = None
 
     def run(self) -> dict[str, Any]:
         """Every stage in order."""
@@ -140,7 +141,7 @@ class ModelJob:
         """What limits the student, and how many parameters that admits; {} for a published recipe."""
         if self.recipe is not None:
             return {"limited_by": f"the recipe {self.recipe}", "parameters": RECIPES[self.recipe].parameters}
-        return student_target(self.model, self.profile, self.parameters)
+        return student_target(self.model, self.profile, self.parameters, self.max_step_ms)
 
     # ---- stages ----------------------------------------------------------------------------------------------------
 
@@ -180,7 +181,14 @@ class ModelJob:
             return plan_student(unet, scores, budget["parameters"], allocation=allocation)
         if self.profile is None:
             raise RequestError("nothing says how small the student is to be", do="Give --device or --parameters.")
-        within = student_within(unet, scores, budget_of(self.profile), self.geometry, allocation=allocation)
+        within = student_within(
+            unet,
+            scores,
+            budget_of(self.profile, step_ms=self.max_step_ms),
+            self.geometry,
+            allocation=allocation,
+            profile=self.profile,
+        )
         budget |= {"limited_by": within.admitted.limiting, "parameters": within.admitted.parameters}
         budget["limits"] = [asdict(limit) for limit in within.admitted.limits]
         return within.plan

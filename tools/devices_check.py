@@ -21,9 +21,10 @@ from latentrelay.tools.models import REFERENCE, resolve
 # ONNX operators of what export/ writes, by component; a test compares them with an export.
 _SHARED = {"Add", "Concat", "Identity", "MatMul", "Mul", "Reshape", "Sigmoid", "Softmax", "Transpose", "Unsqueeze"}
 _TEXT = {"ArgMax", "Cast", "Equal", "Gather", "GatherND", "LayerNormalization"}
-_STEP = {"Conv", "Cos", "Equal", "Expand", "Gather", "Gelu", "Gemm", "InstanceNormalization", "LayerNormalization",
-         "ReduceMean", "Resize", "Sin", "Slice", "Split", "Sub", "Where"}  # fmt: skip
+_STEP = {"Conv", "Cos", "Expand", "Gather", "Gelu", "Gemm", "InstanceNormalization", "LayerNormalization",
+         "Resize", "Sin", "Slice", "Split", "Sub", "Where"}  # fmt: skip
 _DECODER = {"Conv", "InstanceNormalization", "Resize"}
+_LIGHT_DECODER = {"ConstantOfShape", "Conv", "DepthToSpace", "Div", "Relu", "Resize", "Slice", "Sub", "Tanh"}
 _DYNAMIC = {"Expand", "Range", "Shape", "Slice", "Squeeze"}  # where the batch is not fixed
 
 
@@ -59,7 +60,7 @@ def run(
             source = source.with_vae(_config(vae))
         elif model == REFERENCE and student != "none":
             source = source.with_vae(_config(Path(resolve(REFERENCE)) / "light_vae"))  # what build takes
-        shape, refusal = _chosen(source, _released(model, student, profile), profile, precision)
+        shape, refusal = _chosen(source, _released(model, student, profile), profile, precision, max_step_ms)
         result = foot.footprint(shape, precision, num_steps=num_steps)
         step_ms, how = _step_ms(shape, profile, measure, cache)
         predicted = Predicted(
@@ -130,7 +131,9 @@ def _config(folder: Path) -> dict[str, Any]:
     return read_config(inner)
 
 
-def _chosen(source: Any, student: str, profile: DeviceProfile, precision: str) -> tuple[Any, str | None]:
+def _chosen(
+    source: Any, student: str, profile: DeviceProfile, precision: str, max_step_ms: float | None
+) -> tuple[Any, str | None]:
     """The geometry that is built: the source's, a student's, or the automatic one's; why there is no automatic one."""
     if student == "none":
         return source, None
@@ -149,7 +152,9 @@ def _chosen(source: Any, student: str, profile: DeviceProfile, precision: str) -
     unet = source.build_unet()
     scores = score_prior(prunable_units(unet))
     try:
-        within = student_within(unet, scores, budget_of(profile), source, precision)
+        within = student_within(
+            unet, scores, budget_of(profile, step_ms=max_step_ms), source, precision, profile=profile
+        )
     except BudgetError as error:
         return source, str(error)
     return source.with_unet(dict(planned_unet(unet, within.plan).config)), None
@@ -157,43 +162,21 @@ def _chosen(source: Any, student: str, profile: DeviceProfile, precision: str) -
 
 def _operators(profile: DeviceProfile) -> dict[str, frozenset[str]]:
     more = set() if profile.support.static_shapes_only else _DYNAMIC
-    parts = {"text_encoder": _TEXT, "unet": _STEP, "vae_decoder": _DECODER}
+    parts = {"text_encoder": _TEXT, "unet": _STEP, "vae_decoder": _DECODER | _LIGHT_DECODER}
     return {name: frozenset(_SHARED | own | more) for name, own in parts.items()}
 
 
 def _step_ms(shape: Any, profile: DeviceProfile, measure: bool, cache: Path) -> tuple[float | None, str]:
     """Milliseconds of a guided step on the device, and how they were come by."""
-    from latentrelay.compress.flops import unet_step_flops
-    from latentrelay.compress.geometry import sd14
-    from latentrelay.compress.latency_table import (
-        LatencyTableError,
-        device_step_ms,
-        load_table,
-        step_latency,
-    )
+    from latentrelay.compress.step_estimate import estimated_step_ms
 
-    unet, full = shape.build_unet(), sd14()
-    anchor = profile.latency_ms("unet")
-    try:
-        shipped = load_table()
-        whole = step_latency(full.build_unet(), full.rows, full.columns, full.tokens, shipped).ms
-        if measure:
-            from latentrelay.tools.time_blocks import measured_table
+    own = None
+    if measure:
+        from latentrelay.tools.time_blocks import measured_table
 
-            own = measured_table(unet, shape.rows, shape.columns, shape.tokens, cache, lambda words: err.print(words))
-        else:
-            own = shipped
-        here = step_latency(unet, shape.rows, shape.columns, shape.tokens, own).ms
-    except LatencyTableError:
-        if anchor is None:
-            return None, "no timings of this shape and no figure of this device"
-        flops = unet_step_flops(unet, shape.rows, shape.columns, shape.tokens)
-        ratio = flops / unet_step_flops(full.build_unet(), full.rows, full.columns, full.tokens)
-        return round(2 * anchor * ratio, 3), "estimate: FLOPs against the device's figure for SD 1.x"
-    if anchor is None:
-        return round(here, 3), f"this table's machine, one thread: {own.machine.get('processor', 'unknown')}"
-    estimate = device_step_ms(profile, here / whole)
-    return round(estimate or 0.0, 3), "estimate: measured blocks, scaled by the device's figure for SD 1.x"
+        unet = shape.build_unet()
+        own = measured_table(unet, shape.rows, shape.columns, shape.tokens, cache, lambda words: err.print(words))
+    return estimated_step_ms(shape, profile, own)
 
 
 def _document(

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from latentrelay.compress.budget import (
     Budget,
+    BudgetedStudent,
     UnmetBudgetError,
     budget_of,
     largest_parameters,
@@ -18,6 +19,7 @@ from latentrelay.compress.budget import (
 from latentrelay.compress.footprint import WITHOUT_ARENA, footprint, unet_stage
 from latentrelay.compress.geometry import Geometry
 from latentrelay.compress.prunable_units import prunable_units
+from latentrelay.compress.step_estimate import estimated_step_ms
 from latentrelay.device_profiles import load_profile
 
 MIB = 2**20
@@ -135,3 +137,23 @@ def test_an_impossible_budget_is_refused_with_the_closest() -> None:
 def test_a_decoder_that_does_not_fit_is_named() -> None:
     with pytest.raises(UnmetBudgetError, match="vae decoder alone needs"):
         student_within(network(), scores(network()), Budget(peak_memory_mib=100.0), GEOMETRY.at(512, 512), rules=RULES)
+
+
+def test_milliseconds_bind_where_they_are_asked_for() -> None:
+    profile, source = load_profile("galaxy-s24"), network()
+
+    def step_ms(student: BudgetedStudent) -> float:
+        shape = GEOMETRY.with_unet(dict(planned_unet(source, student.plan).config))
+        return estimated_step_ms(shape, profile)[0] or 0.0
+
+    def within(limit: float | None) -> BudgetedStudent:
+        return student_within(source, scores(source), Budget(step_ms=limit), GEOMETRY, profile=profile)
+
+    free = within(None)
+    limit = 0.8 * step_ms(free)
+    bound = within(limit)
+    assert 0.7 * limit < step_ms(bound) <= limit
+    assert bound.admitted.limiting == "latency"
+    assert bound.plan.parameters < free.plan.parameters
+    with pytest.raises(UnmetBudgetError, match="step latency"):
+        within(1e-9)

@@ -8,6 +8,7 @@ from typing import Any
 
 import latentrelay.device_profiles
 import pytest
+from latentrelay.device_profiles import load_profile
 from latentrelay.reference.pipeline import reference_path
 from latentrelay.runtime.errors import RequestError
 from latentrelay.tools.devices_check import _operators, run
@@ -43,9 +44,11 @@ def test_the_reference_is_checked_as_build_takes_it(capsys: pytest.CaptureFixtur
 def test_sd14_unpruned_is_refused_with_the_part_that_limits(capsys: pytest.CaptureFixture[str]) -> None:
     status, document = check(capsys, "generic-android", geometry="sd14", student="none")
     assert (status, document["fits"]) == (3, False)
-    assert (document["limiting"], document["limiting_part"]) == ("peak_memory", "steps")
-    assert "attention scores 2 x 8 x 4096 x 4096" in document["reason"]
+    assert (document["limiting"], document["limiting_part"]) == ("parameters", "unet")
+    assert "3.3e+08" in document["reason"]
+    assert "attention scores 2 x 8 x 4096 x 4096" in document["predicted"]["largest_activation"]["steps"]
     assert document["predicted"]["parameters"] == 859_520_964
+    assert document["predicted"]["peak_memory_mib"] > document["allowed"]["peak_memory_mib"]
 
 
 def test_a_device_too_small_for_anything_says_what_the_closest_would_need(
@@ -75,13 +78,10 @@ def test_a_single_file_is_sent_to_the_geometry(tmp_path: Path) -> None:
         run("galaxy-s24", geometry=None, model=str(tmp_path / "model.safetensors"))
 
 
-def test_operators_are_those_of_a_bundle() -> None:
+def test_operators_are_those_of_a_bundle(tiny_bundle: Path) -> None:
     onnx = pytest.importorskip("onnx")
-    from latentrelay.device_profiles import load_profile
-
-    golden = Path(__file__).parents[1] / "golden" / "bundle-1.0"
-    found = _operators(load_profile("x86-laptop-vnni"))
+    found = _operators(load_profile("pixel-8"))
     files = {"text_encoder": "text_encoder/model", "unet": "unet/step_full", "vae_decoder": "vae_decoder/model"}
     for part, path in files.items():
-        graph = onnx.load(str(golden / f"{path}.onnx"), load_external_data=False).graph
+        graph = onnx.load(str(tiny_bundle / f"{path}.onnx"), load_external_data=False).graph
         assert {node.op_type for node in graph.node} <= found[part], part
