@@ -191,7 +191,7 @@ def _document(
     refusal: str | None,
 ) -> dict[str, Any]:
     limiting = verdict.limiting
-    words = f"{limiting.name} of {limiting.part}: {limiting.predicted:,g} of {limiting.allowed:,g} {limiting.words}"
+    words = f"{limiting.name} of {limiting.part}: {_plain(limiting.predicted)} of {_plain(limiting.allowed)} {limiting.words}"
     largest = {stage.name: stage.largest_activation for stage in result.stages}
     if limiting.name == "peak_memory":
         words += f"; largest activation: {largest[limiting.part]}"
@@ -230,7 +230,7 @@ def _document(
 
 def _show(console: Any, profile: DeviceProfile, document: dict[str, Any], verdict: Preflight, result: Any) -> None:
     rows = [
-        [check.name, f"{check.predicted:,g}", f"{check.allowed:,g}", "yes" if check.fits else "NO", check.part]
+        [check.name, _plain(check.predicted), _plain(check.allowed), "yes" if check.fits else "NO", check.part]
         for check in verdict.checks
     ]
     console.print(table(["limit", "predicted", "allowed", "fits", "part"], rows, title=profile.title))
@@ -240,3 +240,8 @@ def _show(console: Any, profile: DeviceProfile, document: dict[str, Any], verdic
     console.print(f"one guided step: {'unknown' if ms is None else f'{ms:,.0f} ms'}, {printable(how)}")
     words = "[green]fits[/]" if verdict.fits else "[red]does not fit[/]"
     console.print(f"{words}; limiting: {printable(document['reason'])}")
+
+
+def _plain(number: float) -> str:
+    """ "330,000,000" and "945.6"."""
+    return f"{number:,.0f}" if number == int(number) or number >= 10_000 else f"{number:,.1f}"
