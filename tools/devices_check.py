@@ -191,7 +191,8 @@ def _document(
     refusal: str | None,
 ) -> dict[str, Any]:
     limiting = verdict.limiting
-    words = f"{limiting.name} of {limiting.part}: {_plain(limiting.predicted)} of {_plain(limiting.allowed)} {limiting.words}"
+    how_much = f"{_plain(limiting.predicted)} of {_plain(limiting.allowed)}"
+    words = f"{limiting.name} of {limiting.part}: {how_much} {limiting.words}"
     largest = {stage.name: stage.largest_activation for stage in result.stages}
     if limiting.name == "peak_memory":
         words += f"; largest activation: {largest[limiting.part]}"
