@@ -10,6 +10,8 @@ power, so that blocks weigh alike, and the first two terms carry a timestep weig
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,7 +21,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
-from latentrelay.compress.errors import CompressError
+from latentrelay.compress.errors import CompressError, TrainingError
 from latentrelay.compress.training import BatchRng, Losses, Recipe, device_of, fit, keep_rows
 from torch import Tensor, nn
 
@@ -132,14 +134,25 @@ def distill_unet(
         return {"loss": loss, **parts}
 
     def on_checkpoint(step: int, module: nn.Module) -> bool:
-        best, stop = held.score(step, module) if held is not None else (True, False)
+        value, best, stop = held.score(step, module) if held is not None else (0.0, True, False)
         if best:
-            cast(Any, module).save_pretrained(folder / "unet")
-            (folder / "unet" / "step.json").write_text(json.dumps({"step": step}))
+            _export(module, folder, step)
+        if held is not None:
+            held.keep(step, value)  # after the weights: a kill in between scores this step again
         return stop
 
     told = {**(identity or {}), "losses": asdict(losses), "data": data.identity, "features": dict(features)}
     return fit(student, loss_of, recipe, folder, on_checkpoint=on_checkpoint, identity=told)
+
+
+def _export(module: nn.Module, folder: Path, step: int) -> None:
+    """Write `folder`/unet beside and rename."""
+    beside, final = folder / "unet.new", folder / "unet"
+    shutil.rmtree(beside, ignore_errors=True)
+    cast(Any, module).save_pretrained(beside)
+    (beside / "step.json").write_text(json.dumps({"step": step}))
+    shutil.rmtree(final, ignore_errors=True)
+    beside.rename(final)
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -179,19 +192,26 @@ class HeldOut:
     batches: int = 8
     batch: int = 32
 
-    def score(self, step: int, student: nn.Module) -> tuple[bool, bool]:
-        """Whether this is the best so far, and whether to stop."""
+    def score(self, step: int, student: nn.Module) -> tuple[float, bool, bool]:
+        """The error, whether it is the best so far, and whether to stop. Raises TrainingError when it is not finite."""
         keep_rows(self.log, step - 1)
         before = [float(json.loads(row)["score"]) for row in self.log.read_text().splitlines()] if self._any() else []
         value = self.error(student)
-        with self.log.open("a") as log:
-            log.write(json.dumps({"step": step, "score": value}) + "\n")
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the student's held-out error is {value} at step {step}", do="Lower the learning rate."
+            )
         best = not before or value < min(before)
         patience, needed = self.losses.patience, 1 - self.losses.min_improvement
         if patience is None or len(before) < patience:
-            return best, False
+            return value, best, False
         earlier, recent = before[: len(before) + 1 - patience], [*before[len(before) + 1 - patience :], value]
-        return best, min(recent) > needed * min(earlier)
+        return value, best, min(recent) > needed * min(earlier)
+
+    def keep(self, step: int, value: float) -> None:
+        """Append the row of a step."""
+        with self.log.open("a") as log:
+            log.write(json.dumps({"step": step, "score": value}) + "\n")
 
     def _any(self) -> bool:
         return self.log.exists()

@@ -57,7 +57,11 @@ def read_captions(folder: Path) -> list[tuple[Path, str]]:
             do='Write one line a picture: {"file_name": "a.png", "text": "..."}.',
         )
     rows: list[tuple[Path, str]] = []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = metadata.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{metadata} cannot be read ({error})", expected="UTF-8 text") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -124,8 +128,8 @@ def _picture(path: Path, size: tuple[int, int]) -> Tensor:
     """(1, 3, H, W) in [-1, 1]."""
     try:
         with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
-    except (OSError, ValueError) as error:
+            fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), size, Image.Resampling.LANCZOS)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise TrainingError(
             f"{path} is not a picture that can be read ({error})", do="Remove or replace it."
         ) from error

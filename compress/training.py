@@ -111,8 +111,7 @@ def fit(
     log_path = folder / "log.jsonl"
     keep_rows(log_path, first)
 
-    def checkpoint(step: int) -> bool:
-        _save(accelerator, folder, step)
+    def tell(step: int) -> bool:
         if on_checkpoint is None:
             return False
         ema.store(trained)
@@ -124,6 +123,12 @@ def fit(
             (folder / "checkpoint" / "step.json").write_text(json.dumps({"step": step, "ended": True}))
         return stop
 
+    def checkpoint(step: int) -> bool:
+        _save(accelerator, folder, step)
+        return tell(step)
+
+    if first and not ended:
+        ended = tell(first)  # again: the run may have been killed between the checkpoint and what follows it
     module.train()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress, log_path.open("a") as log:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latentrelay.device_profiles import DeviceProfile, load_profile
+from latentrelay.runtime.errors import RequestError
 from latentrelay.runtime.samplers import sampler_reason
 from latentrelay.tools.console import counting, emit, err, extra, printable, table
 from latentrelay.tools.models import (
@@ -56,6 +58,13 @@ def run(
         from latentrelay.export import export, load_source
         from latentrelay.export.bundle_folder import check_output
     check_output(output.absolute(), overwrite=overwrite)
+    if (data is None and steps is not None) or (data is not None and (model in OURS or student != "auto")):
+        raise RequestError(
+            "--data and --steps are for compressing a model of your own first",
+            do="Leave them out, or give --student auto.",
+        )
+    compressing = {"data": data, "steps": steps, "revision": revision, "config": config}
+    parts = _for_device(model, profile, output.absolute(), student, light_vae, compressing, loras)
     with counting("reading the source pipeline", None) as advance:
         source = load_source(
             resolve(model), revision, name=public_name(model), config=config, loras=adapters(model, loras)
@@ -75,7 +84,7 @@ def run(
             few_step=few_step,
             progress=lambda words: advance(words, 1),
             overwrite=overwrite,
-            **_for_device(model, profile, output.absolute(), student, light_vae, data, steps),
+            **parts,
         )
     document: dict[str, Any] = {
         "bundle": str(result.bundle),
@@ -95,23 +104,36 @@ def run(
 
 
 def _for_device(
-    model: str, profile: DeviceProfile, output: Path, student: str, light_vae: str, data: Path | None, steps: int | None
+    model: str,
+    profile: DeviceProfile,
+    output: Path,
+    student: str,
+    light_vae: str,
+    compressing: Mapping[str, Any],
+    loras: Sequence[str],
 ) -> dict[str, Any]:
     """What runs on the device in the place of the source's own networks, as arguments of `export`."""
     from latentrelay.compress.lora import Adapter
-    from latentrelay.tools.students import find
+    from latentrelay.tools.students import find, released
 
     chosen: dict[str, Any] = {}
-    if student == "auto" and model in OURS:
+    if student == "auto" and model in OURS and loras:
+        err.print("[yellow]student:[/] none; the released ones belong to the reference without further adapters")
+    elif student == "auto" and model in OURS:
         from latentrelay.reference.students import RELEASED_FOR
 
-        student = FEW_STEP_STUDENT if model == FEW_STEP else RELEASED_FOR[profile.student_class]
-    elif student == "auto" and data is not None:
-        chosen["student"] = _compressed(model, profile, output.with_name(output.name + ".student"), data, steps)
+        student = RELEASED_FOR[profile.student_class] if model == REFERENCE else FEW_STEP_STUDENT
+    elif student == "auto" and compressing["data"] is not None:
+        student = str(_compressed(model, profile, output.with_name(output.name + ".student"), compressing, loras))
     if student not in ("auto", "none"):
-        ((name, folder),) = find([student], Path(resolve(REFERENCE))).items()
+        weights = Path(resolve(REFERENCE))
+        ((name, folder),) = find([student], weights).items()
         chosen["student"] = folder.parent if folder.name == "unet" else folder
-        chosen["student_loras"] = (Adapter(few_step_adapters(name)),) if model == FEW_STEP else ()
+        ours = model == FEW_STEP and folder in released(weights).values()
+        chosen["student_loras"] = (Adapter(few_step_adapters(name)),) if ours else ()
+        own = chosen["student"] / "vae"
+        if light_vae == "auto" and model not in OURS and _is_light(own):
+            chosen["light_vae"] = own
     if light_vae == "released" or (light_vae == "auto" and model in OURS):
         chosen["light_vae"] = Path(resolve(REFERENCE)) / "light_vae"
     elif light_vae not in ("auto", "none"):
@@ -119,16 +141,31 @@ def _for_device(
     return chosen
 
 
-def _compressed(model: str, profile: DeviceProfile, student: Path, data: Path, steps: int | None) -> Path:
-    """The student of a model for this device, made beside the bundle unless it is there already."""
+def _is_light(vae: Path) -> bool:
+    config = vae / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("_class_name") == "AutoencoderTiny"
+
+
+def _compressed(
+    model: str, profile: DeviceProfile, student: Path, compressing: Mapping[str, Any], loras: Sequence[str]
+) -> Path:
+    """The student of a model for this device, made beside the bundle; one that is there must be for this device."""
+    from latentrelay.compress.plan import Plan
     from latentrelay.tools.compress import Training
     from latentrelay.tools.compress_model import ModelJob
 
-    if not (student / "plan.json").is_file():
-        work = student.with_name(student.name + ".work")
-        training = Training(steps=steps, data=data)
-        job = ModelJob(
-            model, student, work, profile, None, None, "sensitivity", (), None, training, "measured", None, None, False
-        )
-        job.run()
+    if (student / "plan.json").is_file():
+        made_for = Plan.load(student).recipe.profile.get("name")
+        if made_for != profile.name:
+            raise RequestError(
+                f"{student} holds a student for another device", got=profile.name, expected=made_for, do="Remove it."
+            )
+        err.print(f"student: {printable(student)} is there already")
+        return student
+    work = student.with_name(student.name + ".work")
+    training = Training(steps=compressing["steps"], data=compressing["data"])
+    ModelJob(
+        model, student, work, profile, None, None, "sensitivity", tuple(loras), None, training, "measured",
+        compressing["revision"], compressing["config"], False,
+    ).run()  # fmt: skip
     return student

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -169,17 +170,38 @@ def compress(
     if few_step:
         from latentrelay.tools import few_step as consistency
 
+        unused = {
+            "--geometry": geometry, "--device": device, "--recipe": recipe, "--parameters": parameters,
+            "--light-vae": light_vae, "--data": data, "--pictures": pictures, "--work": work,
+            "--max-step-ms": max_step_ms,
+        }  # fmt: skip
+        _refuse(unused, "--few-step")
+        own = consistency.FewStepRecipe()
         consistency.run(
             output,
             model=model or "reference",
             student=student,
             prompts=prompts,
             guidance=None,
-            recipe=consistency.FewStepRecipe(),
+            recipe=replace(
+                own,
+                steps=steps or own.steps,
+                batch=batch or own.batch,
+                learning_rate=learning_rate or own.learning_rate,
+            ),
             trajectories=None,
             as_json=as_json,
+            loras=lora or (),
+            revision=revision,
+            config=config,
         )
         return
+    _refuse({"--prompts": prompts, "--student": student}, "compress without --few-step")
+    if recipe is not None:
+        _refuse({"--parameters": parameters, "--max-step-ms": max_step_ms}, "--recipe, which fixes the shape,")
+    if geometry is not None:
+        unused = {"--lora": bool(lora), "--data": data, "--steps": steps, "--light-vae": light_vae, "--work": work}
+        _refuse(unused, "--geometry, which has no weights,")
     from latentrelay.tools import compress
 
     compress.run(
@@ -389,11 +411,16 @@ def evaluate(
     if few_step:
         from latentrelay.tools import evaluate_few_step
 
+        _refuse({"--lora": lora, "--guidance": guidance, "--splits": splits}, "--few-step")
+        if len(student or ()) > 1:
+            raise typer.BadParameter("--few-step takes one --student")
         name = (student or ["phone-mid"])[0]
         evaluate_few_step.run(
             captions, seed, student=name, folder=None, adapters=None, data_split=split, as_json=as_json
         )
         return
+    if sweep or vae:
+        _refuse({"--lora": lora}, "--sweep and --vae")
     if sweep:
         from latentrelay.tools import sweep as sweeping
 
@@ -448,6 +475,13 @@ def demo(
     from latentrelay.tools import demo
 
     demo.run(output, captions=captions, num_steps=num_steps, split=split, device=device, as_json=as_json)
+
+
+def _refuse(options: dict[str, Any], beside: str) -> None:
+    """Options that would be ignored are misuse, not silence."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise typer.BadParameter(f"{', '.join(given)}: no use beside {beside}; leave out one or the other")
 
 
 @app.callback(invoke_without_command=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from latentrelay.compress.budget import budget_of, student_within
+from latentrelay.compress.errors import CompressError
 from latentrelay.compress.geometry import Geometry, named
 from latentrelay.compress.light_vae import sd_light_decoder
 from latentrelay.compress.plan import PlanSource, full_plan
@@ -65,7 +66,9 @@ def compress_geometry(
             student.save_pretrained(folder / "unet", safe_serialization=True)
             document = _document(geometry, student, plan, source_parameters, recipe, budget)
             _write_plan(folder, geometry, student, profile, document)
-            document["roundtrip_identical"] = roundtrip_identical(student, folder / "unet", geometry.tokens)
+            if not roundtrip_identical(student, folder / "unet", geometry.tokens):
+                raise CompressError("the saved student does not load to the same network", do="Report it.")
+            document["roundtrip_identical"] = True
             advance("done", 1)
     return {**document, "student": str(output)}
 

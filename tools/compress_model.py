@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from latentrelay.compress.budget import budget_of, student_within
 from latentrelay.compress.distill_unet import DistilLosses, HeldOut, LatentData, NoiseSchedule, distill_unet
+from latentrelay.compress.errors import CompressError, UnitError
 from latentrelay.compress.geometry import Geometry
+from latentrelay.compress.image_latents import read_captions
 from latentrelay.compress.light_vae import load_light_vae
 from latentrelay.compress.plan import PlanSource, full_plan
 from latentrelay.compress.plan_student import StudentPlan, build_student, plan_student
@@ -69,6 +71,7 @@ class ModelJob:
         """Every stage in order."""
         if self.recipe is not None and self.recipe not in RECIPES:
             raise RequestError("unknown recipe", got=self.recipe, expected=" | ".join(RECIPES))
+        self._check()
         source_unet, budget = self.source.pipeline.unet, self.target
         scores = {} if self.recipe is not None else self._scores()
         plan = self._plan(scores, budget)
@@ -97,12 +100,13 @@ class ModelJob:
             for name in ("scores.png", "losses.png"):
                 if (self.work / name).exists():
                     shutil.copyfile(self.work / name, folder / name)
-            identical = roundtrip_identical(student, folder / "unet", self.geometry.tokens)
+            if not roundtrip_identical(student, folder / "unet", self.geometry.tokens):
+                raise CompressError("the saved student does not load to the same network", do="Report the model.")
         widths = widths_of(student)
         return {
             **document,
             "student": str(self.output),
-            "roundtrip_identical": identical,
+            "roundtrip_identical": True,
             "block_mid_channels": list(widths["resnet_mid_channels"].values()),
             "self_attention_heads": list(widths["self_attention_heads"].values()),
         }
@@ -142,6 +146,27 @@ class ModelJob:
         if self.recipe is not None:
             return {"limited_by": f"the recipe {self.recipe}", "parameters": RECIPES[self.recipe].parameters}
         return student_target(self.model, self.profile, self.parameters, self.max_step_ms)
+
+    def _check(self) -> None:
+        """What can be refused before anything long begins."""
+        recipe, _ = self._recipe()
+        if recipe.mixed_precision not in ("no", "bf16", "fp16"):
+            raise RequestError("unknown mixed precision", got=recipe.mixed_precision, expected="no, bf16 or fp16")
+        if recipe.steps > 0 and self.training.data is None and self.model != REFERENCE:
+            raise _nothing_to_distil_on()
+        if self.training.data is not None:
+            read_captions(self.training.data)
+        if self.light_vae is not None:
+            load_light_vae(self.light_vae)
+        if self.recipe is not None:
+            published = RECIPES[self.recipe]
+            units = prunable_units(remove_blocks(self.source.pipeline.unet, published.blocks))
+            widths = published_widths(published, units)
+            if any(widths[unit.path] > unit.width for unit in units):
+                raise UnitError("the published recipe is for another network", do="Use it with Stable Diffusion 1.x.")
+        elif self.target["parameters"] is not None:  # whether it can be met does not depend on the scores
+            alike = {**score_prior(prunable_units(self.source.pipeline.unet))}
+            plan_student(self.source.pipeline.unet, alike, self.target["parameters"])
 
     # ---- stages ----------------------------------------------------------------------------------------------------
 
@@ -246,10 +271,7 @@ class ModelJob:
             return folder_data(self.source.pipeline, self.training.data, self.work / "data")
         if self.model == REFERENCE:
             return reference_data(self.source.pipeline, self.work / "data", self.training.pictures)
-        raise RequestError(
-            "there is nothing to distil the student on",
-            do="Give --data FOLDER (pictures and metadata.jsonl), or --steps 0 to prune only.",
-        )
+        raise _nothing_to_distil_on()
 
     # ---- what it leaves --------------------------------------------------------------------------------------------
 
@@ -281,6 +303,13 @@ class ModelJob:
             solver_table(scheduler, steps),
             document,
         )
+
+
+def _nothing_to_distil_on() -> RequestError:
+    return RequestError(
+        "there is nothing to distil the student on",
+        do="Give --data FOLDER (pictures and metadata.jsonl), or --steps 0 to prune only.",
+    )
 
 
 def _scheduler(pipeline: Any, rule: Any) -> Any:

@@ -8,15 +8,18 @@ trajectories recorded from the model, the log and a checkpoint. Every part resum
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentrelay.runtime.digest import weights_digest
 from latentrelay.runtime.errors import RequestError
 from latentrelay.runtime.samplers import is_few_step
 from latentrelay.tools.console import counting, emit, extra, printable
-from latentrelay.tools.models import FEW_STEP, OURS, default_guidance, public_name, resolve
+from latentrelay.tools.models import FEW_STEP, OURS, adapters, default_guidance, public_name, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +29,7 @@ NUMBERS_OF_STEPS = (4, 8)
 _BETWEEN = (939, 69)  # two more timesteps that the solver stops at: the ends are where it errs most
 _SHARD = 128
 _SEED = 5000
+_IDENTITY = "made_from.json"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ def run(
     recipe: FewStepRecipe,
     trajectories: Path | None,
     as_json: bool,
+    loras: Sequence[str] = (),
+    revision: str | None = None,
+    config: str | None = None,
 ) -> None:
     """Record, train, write and print.
 
@@ -58,20 +65,45 @@ def run(
     one a line. `guidance`: the scale that is learnt. `trajectories`: a folder to share between trainings (in `output`
     if not given). Raises RequestError, SourceError and its kin, TrainingError.
     """
+    if output.exists() and any(output.iterdir()) and not (output / _IDENTITY).is_file():
+        raise RequestError(
+            "the output folder holds something that is not a few-step training", got=str(output), do="Choose another."
+        )
     with extra("export", "few-step distillation"):
         from latentrelay.export import load_source
     if recipe.target not in ("solution", "next"):
         raise RequestError("unknown target", got=recipe.target, expected="solution or next")
-    pipeline = load_source(resolve(model), name=public_name(model)).pipeline
+    source = load_source(resolve(model), revision, name=public_name(model), config=config, loras=adapters(model, loras))
+    pipeline = source.pipeline
     if is_few_step(type(pipeline.scheduler).__name__) or model == FEW_STEP:
         raise RequestError("the model was distilled to few steps already", got=model, expected="what it was made from")
     contexts, empty = text_states(pipeline, _texts(model, prompts, recipe.trajectories))
     kept = trajectories or output / "trajectories"
     scale = default_guidance(model) if guidance is None else guidance
+    unet = _network(pipeline, student)
+    made_from = {"source": source.digest, "prompts": sha256(contexts.tobytes()).hexdigest(), "guidance": scale}
+    _keep_identity(kept, made_from)
+    if kept != output:
+        weights = ((name, tensor.detach().numpy()) for name, tensor in unet.state_dict().items())
+        _keep_identity(output, {**made_from, "network": weights_digest(weights)})
     record(pipeline, contexts, empty, kept, recipe.trajectories, scale)
-    path = train(pipeline, _network(pipeline, student), contexts, kept, recipe, output, scale)
+    path = train(pipeline, unet, contexts, kept, recipe, output, scale)
     document = {"lora": str(path), "bytes": path.stat().st_size, "steps": recipe.steps, "rank": recipe.rank}
     emit(document, as_json, lambda console: console.print(f"adapters: [bold]{printable(path)}[/]"))
+
+
+def _keep_identity(folder: Path, made_from: dict[str, Any]) -> None:
+    """Say what a folder is made from, or refuse one that was begun from something else."""
+    path = folder / _IDENTITY
+    if path.is_file():
+        found = json.loads(path.read_text())
+        differing = sorted(key for key in {*found, *made_from} if found.get(key) != made_from.get(key))
+        if differing:
+            raise RequestError(
+                f"{folder} holds another few-step training: {', '.join(differing)} differ", do="Choose another output."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(made_from, indent=2, sort_keys=True))
 
 
 def _texts(model: str, prompts: Path | None, count: int) -> list[str]:

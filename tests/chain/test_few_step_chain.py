@@ -151,7 +151,8 @@ def test_a_students_bundle_goes_on_where_the_distilled_teacher_stopped(
     manifest = Bundle.open(built.bundle).manifest
     own = weights_digest((name, value.numpy()) for name, value in student.state_dict().items())
     assert manifest.source.digest == source.digest
-    assert manifest.additional_metadata["student"] == {"name": "small", "digest": own}
+    parameters = sum(value.numel() for value in student.parameters())
+    assert manifest.additional_metadata["student"] == {"name": "student", "digest": own, "parameters": parameters}
     assert source.pipeline.unet is teacher.unet
     networks = Networks(teacher, student)
     with (

@@ -157,7 +157,7 @@ def test_lcm_rows_by_hand() -> None:
 
 
 def test_more_lcm_steps_than_it_was_trained_with_are_refused() -> None:
-    with pytest.raises(UnsupportedSchedulerError, match="original_inference_steps") as caught:
+    with pytest.raises(UnsupportedSchedulerError, match="original_steps") as caught:
         solver_table(LCMScheduler(**STABLE), 51)
     assert caught.value.part == "num_steps"
 
