@@ -27,6 +27,8 @@ def estimated_step_ms(
     """
     unet, full = shape.build_unet(), sd14()
     anchor = profile.latency_ms("unet")
+    precision = next((each.precision for each in profile.latency if each.component == "unet"), "")
+    figure = f"the device's figure for SD 1.x, which is in {precision}"
     try:
         shipped = load_table()
         whole = step_latency(full.build_unet(), full.rows, full.columns, full.tokens, shipped).ms
@@ -37,8 +39,8 @@ def estimated_step_ms(
             return None, "no timings of this shape and no figure of this device"
         flops = unet_step_flops(unet, shape.rows, shape.columns, shape.tokens)
         ratio = flops / unet_step_flops(full.build_unet(), full.rows, full.columns, full.tokens)
-        return round(2 * anchor * ratio, 3), "estimate: FLOPs against the device's figure for SD 1.x"
+        return round(2 * anchor * ratio, 3), f"estimate: FLOPs against {figure}"
     if anchor is None:
         return round(here, 3), f"this table's machine, one thread: {table.machine.get('processor', 'unknown')}"
     estimate = device_step_ms(profile, here / whole)
-    return round(estimate or 0.0, 3), "estimate: measured blocks, scaled by the device's figure for SD 1.x"
+    return round(estimate or 0.0, 3), f"estimate: measured blocks, scaled by {figure}"

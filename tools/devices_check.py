@@ -16,7 +16,7 @@ from latentrelay.device_profiles import DeviceProfile, load_profile
 from latentrelay.device_profiles.preflight import Predicted, Preflight, preflight
 from latentrelay.runtime.errors import REFUSED, RequestError
 from latentrelay.tools.console import counting, emit, err, extra, printable, table
-from latentrelay.tools.models import REFERENCE, resolve
+from latentrelay.tools.models import FEW_STEP_STUDENT, OURS, REFERENCE, resolve
 
 # ONNX operators of what export/ writes, by component; a test compares them with an export.
 _SHARED = {"Add", "Concat", "Identity", "MatMul", "Mul", "Reshape", "Sigmoid", "Softmax", "Transpose", "Unsqueeze"}
@@ -58,7 +58,7 @@ def run(
         source = source.at(height, width)
         if vae is not None:
             source = source.with_vae(_config(vae))
-        elif model == REFERENCE and student != "none":
+        elif model in OURS and student != "none":
             source = source.with_vae(_config(Path(resolve(REFERENCE)) / "light_vae"))  # what build takes
         shape, refusal = _chosen(source, _released(model, student, profile), profile, precision, max_step_ms)
         result = foot.footprint(shape, precision, num_steps=num_steps)
@@ -88,10 +88,10 @@ def _geometry_of(model: str) -> Any:
     """The geometry of a folder or a hub model, from its configuration files alone."""
     from latentrelay.compress.geometry import from_folder
 
-    if model == REFERENCE:
+    if model in OURS:
         from latentrelay.reference.pipeline import reference_path
 
-        return from_folder(reference_path(), name=REFERENCE)
+        return from_folder(reference_path(), name=model)
     path = Path(model).expanduser()
     if path.is_dir():
         return from_folder(path)
@@ -105,11 +105,11 @@ def _geometry_of(model: str) -> Any:
 
 def _released(model: str | None, student: str, profile: DeviceProfile) -> str:
     """On the reference, auto is the student released for the profile's class, as it is for build."""
-    if model != REFERENCE or student != "auto":
+    if model not in OURS or student != "auto":
         return student
     from latentrelay.reference.students import RELEASED_FOR
 
-    return RELEASED_FOR[profile.student_class]
+    return RELEASED_FOR[profile.student_class] if model == REFERENCE else FEW_STEP_STUDENT
 
 
 def _hub_configs(model: str) -> Path:
@@ -143,6 +143,9 @@ def _chosen(
             from latentrelay.reference.pipeline import reference_path
 
             folder = reference_path() / "students" / student
+            if not folder.is_dir():
+                known = " | ".join(sorted(each.name for each in folder.parent.iterdir()))
+                raise RequestError("no such student", got=student, expected=known, do="Or give a folder with unet/.")
         return source.with_unet(_config(folder)), None
     from latentrelay.compress.budget import budget_of, planned_unet, student_within
     from latentrelay.compress.keep_ratios import BudgetError
@@ -235,6 +238,11 @@ def _show(console: Any, profile: DeviceProfile, document: dict[str, Any], verdic
         for check in verdict.checks
     ]
     console.print(table(["limit", "predicted", "allowed", "fits", "part"], rows, title=profile.title))
+    if document["student"] == "auto":
+        chosen = (
+            "the released student" if document["source"] in OURS else "the student that `compress --device` chooses"
+        )
+        console.print(f"checked: {chosen}, not the whole U-Net of {printable(document['source'])} (--student none)")
     stages = ", ".join(f"{stage.name} {stage.peak_mib:,.0f} MiB" for stage in result.stages)
     ms, how = document["predicted"]["step_ms"], document["predicted"]["step_ms_source"]
     console.print(f"memory by stage: {stages} ({document['predicted']['label']})")
