@@ -100,8 +100,9 @@ def test_serve_without_its_extra_names_it(process: Run) -> None:
     assert 'pip install "latentrelay[cloud]"' in done.err
 
 
+# A suite that runs as a background job inherits an ignored SIGINT; a command in a terminal does not.
 _BUSY = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from latentrelay.tools import cli, verify
 
@@ -113,6 +114,7 @@ def run(path, **_):
         Path("cleaned").touch()
 
 verify.run = run
+signal.signal(signal.SIGINT, signal.default_int_handler)
 cli.main(["verify", "b", *sys.argv[1:]])
 """
 
