@@ -63,11 +63,6 @@ def decode_scaled(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     return pictures
 
 
-def parameter_count(module: nn.Module) -> int:
-    """Parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def load_light_vae(folder: Path | str) -> AutoencoderTiny:
     """A stored light autoencoder in float32 on the CPU, in evaluation mode. Raises OSError where there is none."""
     found: AutoencoderTiny = AutoencoderTiny.from_pretrained(

@@ -123,12 +123,18 @@ def fit(
             (folder / "checkpoint" / "step.json").write_text(json.dumps({"step": step, "ended": True}))
         return stop
 
+    told = folder / "checkpoint" / "told"  # goes with its checkpoint: what follows one has been done
+
     def checkpoint(step: int) -> bool:
         _save(accelerator, folder, step)
-        return tell(step)
+        stop = tell(step)
+        told.touch()
+        return stop
 
-    if first and not ended:
-        ended = tell(first)  # again: the run may have been killed between the checkpoint and what follows it
+    if first and not ended and not told.exists():  # killed between a checkpoint and what follows it
+        ended = tell(first)
+        if told.parent.exists():  # not where the one before is all that is left
+            told.touch()
     module.train()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress, log_path.open("a") as log:

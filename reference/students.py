@@ -17,9 +17,8 @@ CLASS_PARAMETERS = {
     "pi": 1_000_000,
     "desktop": 3_100_000,
 }
-# How they were distilled; `LOSSES` are the weights of task, output
-# and feature loss and the share of empty prompts. The smaller ones start further
-# from the teacher: two of them keep both layers of every block and are near it before any training.
+# How they were distilled; `LOSSES` are the weights of task, output and feature loss and the share of empty prompts. The
+# two larger ones keep both layers of every block and are near the teacher before any training; `pi` starts far from it.
 _RECIPE = Recipe(
     steps=400, batch=32, learning_rate=4e-4, warmup=50, decay=0.7, ema_decay=0.99, checkpoint_every=100, seed=3
 )

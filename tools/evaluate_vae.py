@@ -85,7 +85,7 @@ def run(
 
 def sizes(vae: Any, student: Any) -> dict[str, Any]:
     """Parameters of both decoders and encoders."""
-    from latentrelay.compress.light_vae import parameter_count
+    from latentrelay.compress.remove_blocks import parameter_count
 
     counts = {
         kind: {"source": parameter_count(getattr(vae, kind)), "light": parameter_count(getattr(student, kind))}

@@ -82,10 +82,9 @@ def run(
     scale = default_guidance(model) if guidance is None else guidance
     unet = _network(pipeline, student)
     made_from = {"source": source.digest, "prompts": sha256(contexts.tobytes()).hexdigest(), "guidance": scale}
+    weights = ((name, tensor.detach().numpy()) for name, tensor in unet.state_dict().items())
+    _keep_identity(output, {**made_from, "network": weights_digest(weights)})
     _keep_identity(kept, made_from)
-    if kept != output:
-        weights = ((name, tensor.detach().numpy()) for name, tensor in unet.state_dict().items())
-        _keep_identity(output, {**made_from, "network": weights_digest(weights)})
     record(pipeline, contexts, empty, kept, recipe.trajectories, scale)
     path = train(pipeline, unet, contexts, kept, recipe, output, scale)
     document = {"lora": str(path), "bytes": path.stat().st_size, "steps": recipe.steps, "rank": recipe.rank}

@@ -8,9 +8,9 @@ from latentrelay.compress.light_vae import (
     decode_scaled,
     load_light_vae,
     new_light_vae,
-    parameter_count,
     sd_light_decoder,
 )
+from latentrelay.compress.remove_blocks import parameter_count
 
 TINY = LightVaeSpec(width=8, decoder_blocks=(1, 1, 1, 0), encoder_blocks=(0, 1, 1, 1))
 

@@ -67,6 +67,26 @@ def test_checkpoints_hand_out_the_average_not_the_live_weights(tmp_path: Path) -
     assert torch.equal(seen[5], next(final.parameters()))
 
 
+def test_what_follows_a_checkpoint_is_done_once_and_again_only_where_it_was_cut_off(tmp_path: Path) -> None:
+    told: list[tuple[int, torch.Tensor]] = []
+
+    def keep(step: int, averaged: torch.nn.Module) -> None:
+        told.append((step, next(averaged.parameters()).detach().clone()))
+
+    def dies(step: int, averaged: torch.nn.Module) -> None:
+        keep(step, averaged)
+        if step == 10:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(new_module(), loss_of, RECIPE, tmp_path, on_checkpoint=dies)
+    fit(new_module(), loss_of, RECIPE, tmp_path, on_checkpoint=keep)
+    assert [step for step, _ in told] == [5, 10, 10, 12]
+    assert torch.equal(told[1][1], told[2][1])
+    fit(new_module(), loss_of, RECIPE, tmp_path, on_checkpoint=keep)  # finished: nothing is done again
+    assert len(told) == 4
+
+
 def test_random_numbers_depend_on_seed_and_step_alone() -> None:
     assert BatchRng.of(1, 7).numpy.random() == BatchRng.of(1, 7).numpy.random()
     assert BatchRng.of(1, 7).numpy.random() != BatchRng.of(1, 8).numpy.random()

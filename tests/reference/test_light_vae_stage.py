@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latentrelay.compress.light_vae import decode_scaled, load_light_vae, parameter_count
+from latentrelay.compress.light_vae import decode_scaled, load_light_vae
+from latentrelay.compress.remove_blocks import parameter_count
 from latentrelay.compress.training import BatchRng, Recipe
 from latentrelay.reference import judge, light_vae, unet, vae
 from latentrelay.reference.scenes import render, sample_scenes

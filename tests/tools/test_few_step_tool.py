@@ -63,3 +63,32 @@ def test_it_needs_prompts_and_a_model_that_was_not_distilled_yet(folder: Path, t
     few = tiny.save_pipeline(tiny.make_pipeline(tmp_path / "few", sampler="lcm"), tmp_path / "few-model")
     with pytest.raises(RequestError, match="distilled to few steps already"):
         distil(few, prompts=tmp_path / "prompts.txt")
+
+
+def test_an_output_of_another_training_is_refused_and_stays(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(few_step, "_SHARD", 4)
+    distil(folder)
+    path = Path(json.loads(capsys.readouterr().out)["lora"])
+    before = path.read_bytes()
+    (tmp_path / "others.txt").write_text("a blue dog\n")
+    with pytest.raises(RequestError, match="prompts differ"):
+        distil(folder, prompts=tmp_path / "others.txt")
+    with pytest.raises(RequestError, match="guidance differ"):
+        distil(folder, guidance=2.0)
+    assert path.read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "keep.txt").write_text("mine")
+    with pytest.raises(RequestError, match="not a few-step training"):
+        few_step.run(
+            tmp_path / "mine",
+            model=str(folder),
+            student=None,
+            prompts=tmp_path / "prompts.txt",
+            guidance=3.0,
+            recipe=RECIPE,
+            trajectories=None,
+            as_json=True,
+        )
+    assert [each.name for each in (tmp_path / "mine").iterdir()] == ["keep.txt"]
