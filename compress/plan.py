@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-SCHEMA_VERSION = "1.1"
-_OLDER: dict[str, dict[str, Any]] = {
-    "1.0": {"compression": {}}
-}  # what a recipe of an older version says by leaving it out
+SCHEMA_VERSION = "1.2"
+_OLDER: dict[str, dict[str, Any]] = {  # what a recipe of an older version says by leaving it out
+    "1.0": {"compression": {}},
+    "1.1": {},
+}
 PLAN_JSON, PLAN_TABLES = "plan.json", "plan.safetensors"
 
 
@@ -62,6 +63,7 @@ class Recipe:
     """Everything decided before export. `solver` and `timesteps` have one entry a step, the first step first.
 
     `compression` is what was done to the source's networks (see tools/compress.py for its keys); empty: nothing.
+    `quantisation` holds `precision` and, where it is not fp32, the rule of every layer (see compress/precision.py).
     """
 
     source: PlanSource
@@ -86,16 +88,31 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Arrays that the step graph gathers by step: `guidance_multiplier` (N,) float64, 1 leaves the scale as asked."""
+    """Arrays that the step graph gathers by step, all float64.
+
+    `guidance_multiplier` (N,): 1 leaves the scale as asked. `compensation_gain` K and `compensation_offset` b, both
+    (N, branches, C) or both None: the network's output q is corrected to (1 - K) q - b; rows of zeros change nothing.
+    """
 
     guidance_multiplier: NDArray[np.float64]
+    compensation_gain: NDArray[np.float64] | None = None
+    compensation_offset: NDArray[np.float64] | None = None
+
+    def arrays(self) -> dict[str, NDArray[np.float64]]:
+        """Those that are there, by name."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def __eq__(self, other: object) -> bool:
         """Bit for bit, dtype and shape included."""
         if not isinstance(other, Tables):
             return NotImplemented
-        mine, theirs = self.guidance_multiplier, other.guidance_multiplier
-        return (mine.dtype, mine.shape, mine.tobytes()) == (theirs.dtype, theirs.shape, theirs.tobytes())
+        mine, theirs = self.arrays(), other.arrays()
+        return mine.keys() == theirs.keys() and all(
+            (mine[name].dtype, mine[name].shape, mine[name].tobytes())
+            == (theirs[name].dtype, theirs[name].shape, theirs[name].tobytes())
+            for name in mine
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -115,7 +132,8 @@ class Plan:
         """Write plan.json (canonical, so equal plans are equal bytes) and plan.safetensors into `folder`."""
         document = {"schema_version": self.schema_version, "recipe": plan_record_to_json(self.recipe)}
         text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-        blob = save_tensors({"guidance_multiplier": np.ascontiguousarray(self.tables.guidance_multiplier)})
+        arrays = {name: np.ascontiguousarray(array) for name, array in sorted(self.tables.arrays().items())}
+        blob = save_tensors(arrays)
         Path(folder, PLAN_JSON).write_text(text + "\n", encoding="utf-8")
         Path(folder, PLAN_TABLES).write_bytes(blob)
 
@@ -136,8 +154,11 @@ class Plan:
             raise PlanError(f"{PLAN_JSON}: schema_version is {version!r}, expected {SCHEMA_VERSION}")
         if isinstance(recipe, dict):
             recipe = {**_OLDER.get(version, {}), **recipe}
-        if set(arrays) != {"guidance_multiplier"}:
-            raise PlanError(f"{PLAN_TABLES}: got arrays {sorted(arrays)}, expected guidance_multiplier alone")
+        known = {f.name for f in dataclasses.fields(Tables)}
+        if not {"guidance_multiplier"} <= set(arrays) <= known:
+            raise PlanError(
+                f"{PLAN_TABLES}: got arrays {sorted(arrays)}, expected guidance_multiplier and at most {sorted(known)}"
+            )
         return cls(parse_plan_record(Recipe, recipe), Tables(**arrays))
 
 
@@ -184,6 +205,23 @@ def _check(plan: Plan) -> None:
     if multiplier.dtype != np.float64 or multiplier.shape != (recipe.num_steps,):
         got = f"{multiplier.dtype} {multiplier.shape}"
         raise PlanError(f"tables.guidance_multiplier: got {got}, expected float64 ({recipe.num_steps},)")
+    _check_compensation(plan.tables, recipe.num_steps)
     numbers = [value for row in recipe.solver for value in dataclasses.astuple(row)]
     if not (np.isfinite(numbers).all() and np.isfinite(multiplier).all()):
         raise PlanError("the plan holds NaN or Inf, expected finite numbers. Fit the tables again.")
+
+
+def _check_compensation(tables: Tables, num_steps: int) -> None:
+    gain, offset = tables.compensation_gain, tables.compensation_offset
+    if gain is None and offset is None:
+        return
+    if gain is None or offset is None:
+        raise PlanError("tables: compensation_gain and compensation_offset belong together, got one of them")
+    for name, array in (("compensation_gain", gain), ("compensation_offset", offset)):
+        fits = array.ndim == 3 and array.shape[0] == num_steps and array.shape[1] in (1, 2)
+        if array.dtype != np.float64 or not fits or array.shape != gain.shape:
+            raise PlanError(
+                f"tables.{name}: got {array.dtype} {array.shape}, expected float64 ({num_steps}, branches, channels)"
+            )
+        if not np.isfinite(array).all():
+            raise PlanError(f"tables.{name} holds NaN or Inf, expected finite numbers. Fit the tables again.")

@@ -40,8 +40,33 @@ class StepHead(nn.Module):
         return torch.cat([latents] * self.branches, dim=0), self.timesteps[step]
 
 
+class Compensation(nn.Module):
+    """The quantisation error's correction: `e = (1 - K) q - b`, rows of K and b gathered by step, in float32.
+
+    It stands behind the network's last convolution and outside its quantisation. `enabled` is whether the plan has
+    tables; without them no node is exported.
+    """
+
+    kept: Tensor
+    offset: Tensor
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        gain, offset = plan.tables.compensation_gain, plan.tables.compensation_offset
+        self.enabled = gain is not None and offset is not None
+        if gain is not None and offset is not None:
+            self.register_buffer("kept", torch.from_numpy((1.0 - gain).astype(np.float32))[..., None, None])
+            self.register_buffer("offset", torch.from_numpy(offset.astype(np.float32))[..., None, None])
+
+    def forward(self, noise_pred: Tensor, step: Tensor) -> Tensor:
+        """noise_pred f32 (branches,C,h,w), step i64 () -> the same shape."""
+        if not self.enabled:
+            return noise_pred
+        return noise_pred * self.kept[step] - self.offset[step]
+
+
 class StepTail(nn.Module):
-    """Guidance and solver: `x' = a x + b e + c x0_prev`, `x0 = p x + q e`, rows gathered by step."""
+    """Compensation, guidance and solver: `x' = a x + b e + c x0_prev`, `x0 = p x + q e`, rows gathered by step."""
 
     coefficients: Tensor
     reads_memory: Tensor
@@ -54,12 +79,14 @@ class StepTail(nn.Module):
         self.register_buffer("reads_memory", torch.from_numpy(rows[:, 2] != 0.0))
         multiplier = plan.tables.guidance_multiplier.astype(np.float32)
         self.register_buffer("guidance_multiplier", torch.from_numpy(multiplier))
+        self.compensation = Compensation(plan)
 
     def forward(
         self, noise_pred: Tensor, latents: Tensor, step: Tensor, guidance: Tensor, x0_prev: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Shapes as in the file's header; without memory in the solver there is one output, `next_latents`."""
         row = self.coefficients[step]  # (7,)
+        noise_pred = self.compensation(noise_pred, step)
         unconditional, conditional = noise_pred[0:1], noise_pred[1:2]  # (1, C, h, w) each
         e = unconditional + guidance * self.guidance_multiplier[step] * (conditional - unconditional)
         next_latents = row[0] * latents + row[1] * e
@@ -80,8 +107,10 @@ class FewStepTail(nn.Module):
         super().__init__()
         rows = np.array([astuple(row) for row in plan.recipe.solver], dtype=np.float64)  # (N, 7): a b c n p q s
         self.register_buffer("coefficients", torch.from_numpy(rows.astype(np.float32)))
+        self.compensation = Compensation(plan)
 
     def forward(self, noise_pred: Tensor, latents: Tensor, step: Tensor, noise: Tensor) -> Tensor:
         """All (1, C, h, w) but step; the last row's n is 0, so that any finite noise will do there."""
         row = self.coefficients[step]  # (7,)
+        noise_pred = self.compensation(noise_pred, step)
         return row[0] * latents + row[1] * noise_pred + row[3] * noise

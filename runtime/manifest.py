@@ -19,7 +19,9 @@ from latentrelay.runtime.samplers import SAMPLERS
 from latentrelay.runtime.strict_json import check_schema_version, parse_record, read_json, record_to_json
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA_VERSION = "1.1"  # 1.1: one guidance branch, the `noise` input, `decoder`; 1.0 still loads
+# 1.1: one guidance branch, the `noise` input, `decoder`. 1.2: precision by component, provider options, a self-test's
+# tolerance by component, Core ML packages. Older ones still load.
+SCHEMA_VERSION = "1.2"
 MAX_MANIFEST_BYTES = 4 * 2**20
 REQUIRED_COMPONENTS = ("text_encoder", "step_full", "vae_decoder")
 DTYPES = ("float32", "float16", "int64", "int32")
@@ -114,12 +116,31 @@ class Port:
 
 @dataclass(frozen=True)
 class Component:
-    """One graph of the bundle."""
+    """One graph of the bundle; `precision` where it is not the bundle's own."""
 
     role: str
     path: str
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    precision: str | None = None
+
+
+@dataclass(frozen=True)
+class CoreMLPackage:
+    """One .mlpackage folder of the bundle, or one of the parts that a component was cut into (`part` from 1, run in
+    order, each taking the outputs of the one before by name). `parity_db` is its whole component's, against torch."""
+
+    role: str
+    path: str
+    bytes: int
+    precision: str
+    parity_db: float
+    deployment_target: str
+    compute_units: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    part: int = 1
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -133,19 +154,23 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class BackendSpec:
-    """What runs the graphs: backend name, execution providers in order of preference, session options."""
+    """What runs the graphs: backend name, execution providers in order of preference, session options, and the
+    options of each provider by its name."""
 
     name: str
     providers: tuple[str, ...]
     session_options: Mapping[str, int | float | str | bool] = field(default_factory=dict)
+    provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SelftestSpec:
-    """Sample inputs and expected outputs; a device passes when every component reaches `tolerance_db` SNR."""
+    """Sample inputs and expected outputs; a device passes when every component reaches `tolerance_db` SNR, or its own
+    in `tolerances`."""
 
     path: str
     tolerance_db: float
+    tolerances: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -170,6 +195,7 @@ class Manifest:
     quality: Mapping[str, Any] = field(default_factory=dict)
     selftest: SelftestSpec | None = None
     decoder: DecoderSpec | None = None
+    coreml: tuple[CoreMLPackage, ...] = ()
     additional_metadata: Mapping[str, Any] = field(default_factory=dict)
     schema_version: str = SCHEMA_VERSION
     digest: str = ""
@@ -274,6 +300,11 @@ def _check(manifest: Manifest) -> None:
     for path in used:
         if check_path(path) not in listed:
             raise ValueError(f"{path} is used but not listed under files")
+    for package in manifest.coreml:
+        if not any(path.startswith(check_path(package.path) + "/") for path in listed):
+            raise ValueError(f"{package.path} is used but no file below it is listed under files")
+        if not 1 <= package.part <= package.parts:
+            raise ValueError(f"coreml: {package.path} is part {package.part} of {package.parts}")
     _check_numbers(manifest)
 
 

@@ -79,3 +79,33 @@ def test_missing_and_truncated_files_are_plan_errors(tmp_path: Path) -> None:
     (tmp_path / "plan.safetensors").write_bytes(b"\x00" * 5)
     with pytest.raises(PlanError):
         Plan.load(tmp_path)
+
+
+def test_compensation_tables_round_trip_and_an_older_plan_has_none(tmp_path: Path) -> None:
+    plan, generator = some_plan(), np.random.default_rng(1)
+    gain, offset = generator.standard_normal((2, 3, 2, 4))
+    tables = Tables(plan.tables.guidance_multiplier, gain, offset)
+    corrected = Plan(plan.recipe, tables)
+    corrected.save(tmp_path)
+    assert Plan.load(tmp_path) == corrected != plan
+    plan.save(tmp_path)
+    edit(tmp_path, lambda d: d.update(schema_version="1.1"))
+    assert Plan.load(tmp_path).tables.compensation_gain is None
+    edit(tmp_path, lambda d: (d.update(schema_version="1.0"), d["recipe"].pop("compression")))
+    assert Plan.load(tmp_path).tables == plan.tables
+
+
+@pytest.mark.parametrize(
+    ("gain", "offset", "named"),
+    [
+        (np.zeros((3, 2, 4)), None, "belong together"),
+        (np.zeros((2, 2, 4)), np.zeros((2, 2, 4)), "compensation_gain"),
+        (np.zeros((3, 2, 4)), np.zeros((3, 2, 5)), "compensation_offset"),
+        (np.zeros((3, 2, 4)), np.full((3, 2, 4), np.nan), "NaN"),
+        (np.zeros((3, 2, 4), np.float32), np.zeros((3, 2, 4)), "float32"),
+    ],
+)
+def test_compensation_tables_that_do_not_fit_are_refused(gain: Any, offset: Any, named: str) -> None:
+    plan = some_plan()
+    with pytest.raises(PlanError, match=named):
+        Plan(plan.recipe, Tables(plan.tables.guidance_multiplier, gain, offset))
