@@ -6,6 +6,8 @@ CompressError
 |- AdapterError                a LoRA file cannot be read, or does not fit the pipeline it is to be merged into
 |- UnsupportedSchedulerError   the scheduler, or one named setting of it, has no linear two-step table
 |- PlanError                   a Plan on disk or in memory does not follow the schema
+|- TrajectoryError             recorded runs cannot be made, cannot be read, or belong to another model or schedule
+|- CompensationError           a compensation does not fit the model, the sampler or the schedule it is asked for
 """
 
 from __future__ import annotations
@@ -67,3 +69,25 @@ class AdapterError(CompressError):
             do="Give a LoRA of this model in diffusers' or kohya's layout, as .safetensors.",
         )
         self.file = file
+
+
+class TrajectoryError(CompressError):
+    """Recorded runs cannot be made or read, or belong to something else; `.field` names what differs, if that is it."""
+
+    exit_status = 3
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: object = None,
+        expected: object = None,
+        do: str | None = None,
+        field: str | None = None,
+    ) -> None:
+        super().__init__(what, got=got, expected=expected, do=do)
+        self.field = field
+
+
+class CompensationError(TrajectoryError):
+    """A compensation cannot be fitted, or was fitted for another model, sampler or schedule."""
