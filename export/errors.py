@@ -5,7 +5,10 @@ LatentRelayError
    |- SourceError               the model cannot be found or read (`.bin`/`.ckpt` pickles are never read)
    |- UnsupportedSourceError    it can be read, but one named part of it has no export; see `.part`
    |- OutputExistsError         the output folder holds something that must not be replaced
-   `- ParityError               a graph disagrees with torch; see `.component` and `.snr_db`
+   |- ParityError               a graph disagrees with torch; see `.component` and `.snr_db`
+   |- ConversionError           coremltools cannot convert a component; the message names the operator
+   |- DeploymentTargetError     Core ML at the deployment target lacks an operator; see `.operator` and `.needs`
+   `- UnknownOperatorError      the interpreter of Core ML programs lacks an operator; see `.operator` and `.output`
 """
 
 from __future__ import annotations
@@ -57,3 +60,35 @@ class ParityError(ExportError):
             do="Report the model; the bundle was not written.",
         )
         self.component, self.snr_db, self.gate_db = component, snr_db, gate_db
+
+
+class ConversionError(ExportError):
+    """coremltools refused a component."""
+
+
+class DeploymentTargetError(ExportError):
+    """A Core ML operator or number format came with a later system than the profile's deployment target."""
+
+    exit_status = REFUSED
+
+    def __init__(self, operator: str, where: str, *, target: str, needs: str) -> None:
+        super().__init__(
+            f"Core ML operator {operator} ({where}) is missing at the deployment target",
+            got=target,
+            expected=f"{needs} or later",
+            do="Choose a precision that the target has, or raise support.coreml_deployment_target in the profile.",
+        )
+        self.operator, self.target, self.needs = operator, target, needs
+
+
+class UnknownOperatorError(ExportError):
+    """A Core ML program holds an operator that the interpreter does not know, so its parity cannot be checked."""
+
+    def __init__(self, operator: str, output: str) -> None:
+        super().__init__(
+            f"the interpreter of Core ML programs does not know operator {operator}",
+            got=f"{operator}, whose output is {output}",
+            expected="an operator listed in export/mil_operators.py",
+            do="Add it there with a test against torch.",
+        )
+        self.operator, self.output = operator, output
