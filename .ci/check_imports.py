@@ -19,10 +19,11 @@ MAY_IMPORT = {
     "cloud": {"runtime"},
     "tools": {"cloud", "compress", "device_profiles", "export", "reference", "runtime"},
 }
-# Of a lower folder only these modules: formats, digests and errors, never what runs a model.
+# Of a lower folder only these modules: formats, digests and errors; export opens graphs by the runtime's backends, since
+# tables are fitted on the session that is deployed.
 ONLY = {
     ("reference", "compress"): {"training", "light_vae", "distill_vae"},
-    ("export", "runtime"): {"digest", "errors", "manifest", "samplers", "noise", "handoff"},
+    ("export", "runtime"): {"backend", "digest", "errors", "manifest", "samplers", "noise", "handoff"},
     ("cloud", "runtime"): {"digest", "errors", "handoff", "handoff_request", "noise", "samplers", "strict_json"},
 }
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "accelerate", "optimum", "coremltools"}

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"  # 1.1: backend.instruction_set; 1.0 still loads
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=64)]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
@@ -94,13 +94,22 @@ class ExecutionProvider(_Strict):
 class Backend(_Strict):
     """What runs the graphs: providers in order of preference (what a bundle's ONNX graphs use), threads, units.
 
-    threads: intra-op threads, 0 = let the backend choose. compute_units: Core ML only.
+    threads: intra-op threads, 0 = let the backend choose. compute_units: Core ML only. instruction_set: the
+    processor's, which decides how integer types are paired (u8 x s8 on x64, s8 x s8 on arm64).
     """
 
     name: Literal["onnxruntime", "openvino", "coreml"]
     execution_providers: Annotated[tuple[ExecutionProvider, ...], Field(min_length=1)]
     threads: Annotated[int, Field(ge=0, le=256)]
     compute_units: Literal["ALL", "CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE"] | None = None
+    instruction_set: Literal["x64", "arm64"] = "arm64"
+
+    @property
+    def kernels(self) -> str:
+        """The kernel set that ONNX graphs are laid out for: onnxruntime-x64, onnxruntime-arm or openvino."""
+        if self.name == "openvino":
+            return "openvino"
+        return "onnxruntime-x64" if self.instruction_set == "x64" else "onnxruntime-arm"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -120,6 +120,7 @@ def profile_of(name: str, measured: Measured, date: str) -> DeviceProfile:
         "backend": {
             "name": "onnxruntime",
             "threads": min(machine.cores, 256),
+            "instruction_set": "x64" if platform.machine() in ("x86_64", "AMD64") else "arm64",
             "execution_providers": [{"name": each} for each in _cpu_last(plan.providers)],
         },
         "target_unet_parameters": target,
