@@ -5,6 +5,7 @@ CompressError
 |- TrainingError               a checkpoint, a data set or a recipe with which a training cannot begin or go on
 |- AdapterError                a LoRA file cannot be read, or does not fit the pipeline it is to be merged into
 |- UnsupportedSchedulerError   the scheduler, or one named setting of it, has no linear two-step table
+|- PrecisionError              a precision, a kernel set or a layer that a recipe cannot name
 |- PlanError                   a Plan on disk or in memory does not follow the schema
 |- TrajectoryError             recorded runs cannot be made, cannot be read, or belong to another model or schedule
 |- CompensationError           a compensation does not fit the model, the sampler or the schedule it is asked for
@@ -48,6 +49,12 @@ class UnsupportedSchedulerError(CompressError):
             "Build with sampler 'dpmsolver++' or 'ddim', whose settings override the source's."
         )
         self.part, self.got, self.expected = part, got, expected
+
+
+class PrecisionError(CompressError):
+    """A recipe names a precision, a kernel set or a layer that does not exist, or is malformed."""
+
+    exit_status = 2
 
 
 class PlanError(CompressError):
