@@ -7,6 +7,7 @@ LatentRelayError
 |- HandoffError           |- HandoffFormatError    truncated, oversized, wrong dtype or name, not finite
 |                         |- HandoffMismatchError  well formed, but made for another model, scheduler, size or prompt
 |- SessionError           |- NonFiniteError        NaN or Inf came out of a stage
+|                         |- BackendUnavailableError  what the bundle wants to run with does not exist on this system
 |- CloudError             |- CloudUnavailableError no answer in time, 5xx or 429
 |                         |- CloudRefusedError     a 4xx: the request is wrong for this cloud
 |                         |- CloudProtocolError    an answer that breaks the protocol
@@ -102,6 +103,12 @@ class NonFiniteError(SessionError):
             do="Run `latentrelay verify` and the bundle's self-test; a backend in half precision is the usual cause.",
         )
         self.stage, self.step = stage, step
+
+
+class BackendUnavailableError(SessionError):
+    """The backend that was asked for cannot run on this system at all (Core ML away from macOS)."""
+
+    exit_status = REFUSED
 
 
 class CloudError(LatentRelayError):

@@ -1,7 +1,8 @@
 """ONNX Runtime behind the backend protocol: providers, threads and session options from the manifest.
 
-A bundle names providers in order of preference; those that this machine's ONNX Runtime lacks are skipped and the CPU
-provider stands last, and what was really set up is reported. Providers that the caller names must be there.
+A bundle names providers in order of preference, each with its options; those that this machine's ONNX Runtime lacks are
+skipped and the CPU provider stands last, and what was really set up is reported. Providers that the caller names must
+be there. XNNPACK brings a thread pool of its own, so ONNX Runtime's is kept to one thread that does not spin.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentrelay.runtime.backend import Arrays, fitted
-from latentrelay.runtime.errors import MissingExtraError, RequestError, SessionError
+from latentrelay.runtime.backend import Arrays, check_signature, fitted
+from latentrelay.runtime.errors import MissingExtraError, SessionError
 from latentrelay.runtime.manifest import BackendSpec, Component
 from numpy.typing import NDArray
 
-CPU = "CPUExecutionProvider"
+CPU, XNNPACK = "CPUExecutionProvider", "XnnpackExecutionProvider"
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -42,24 +43,27 @@ class OnnxRuntimeBackend:
         self._ort: Any = onnxruntime
         # Some builds carry a telemetry client that keeps a device id; nothing of a run is anyone else's business.
         onnxruntime.disable_telemetry_events()
-        self._providers = _choose(spec.providers, providers, onnxruntime.get_available_providers())
+        chosen = _choose(spec.providers, providers, onnxruntime.get_available_providers())
         options = dict(spec.session_options)
         if threads is not None:
-            if threads < 0:
-                raise RequestError("threads is out of range", got=threads, expected="0 (automatic) or more")
             options["intra_op_threads"] = threads
+        self._providers = [(name, checked_options(name, spec.provider_options.get(name, {}))) for name in chosen]
+        if XNNPACK in chosen:
+            share_threads(options, dict(self._providers)[XNNPACK], asked=threads)
         self._options = _session_options(onnxruntime, options)
 
     def load(self, path: Path, component: Component) -> OnnxRuntimeGraph:
         """Load one graph; raises SessionError naming it."""
         try:
-            session = self._ort.InferenceSession(str(path), self._options, providers=list(self._providers))
+            session = self._ort.InferenceSession(str(path), self._options, providers=self._providers)
         except Exception as error:  # the binding's own classes share no narrower root
             raise SessionError(
                 f"ONNX Runtime cannot load {component.path}: {error}",
                 do="Verify the bundle; if it is intact, build it for this machine's ONNX Runtime.",
             ) from error
-        _check_signature(session, component)
+        inputs = {port.name: _DTYPES.get(port.type, port.type) for port in session.get_inputs()}
+        outputs = {port.name: _DTYPES.get(port.type, port.type) for port in session.get_outputs()}
+        check_signature(component.path, component, inputs, outputs)
         return OnnxRuntimeGraph(session, component)
 
 
@@ -98,6 +102,36 @@ def _choose(wanted: Sequence[str], asked: Sequence[str] | None, available: Seque
     return tuple(chosen if CPU in chosen or asked else [*chosen, CPU])
 
 
+def checked_options(provider: str, options: Mapping[str, str]) -> dict[str, str]:
+    """A bundle's options for one provider; raises SessionError for one that names a place on this machine.
+
+    Some options are libraries to load (QNN's `backend_path`) or folders to write: a bundle may name a library as the
+    system's loader finds it, not by a path.
+    """
+    for key, value in options.items():
+        if "/" in value or "\\" in value or value.startswith((".", "~")):
+            raise SessionError(
+                f"the bundle's option {key} of {provider} is a path",
+                got=value,
+                expected="a bare name or a number",
+                do="Do not use this bundle.",
+            )
+    return dict(options)
+
+
+def share_threads(options: dict[str, Any], xnnpack: dict[str, str], *, asked: int | None) -> None:
+    """Give the threads to XNNPACK's own pool and leave ONNX Runtime's one that does not spin; changes both mappings.
+
+    XNNPACK gets what the caller asked for, else the bundle's `intra_op_num_threads`, else the session's threads.
+    """
+    own = xnnpack.get("intra_op_num_threads")
+    threads = int(options.get("intra_op_threads", 0)) if asked is not None or own is None else int(own)
+    if threads:
+        xnnpack["intra_op_num_threads"] = str(threads)
+    options["intra_op_threads"] = 1
+    options.setdefault("config.session.intra_op.allow_spinning", "0")
+
+
 def _session_options(ort: Any, options: Mapping[str, Any]) -> Any:
     """Named options of the manifest as ORT's; keys "config.<entry>" go to `add_session_config_entry`."""
     session_options = ort.SessionOptions()
@@ -120,15 +154,3 @@ def _session_options(ort: Any, options: Mapping[str, Any]) -> Any:
         else:
             setters[key](value)
     return session_options
-
-
-def _check_signature(session: Any, component: Component) -> None:
-    """The graph's own inputs and outputs must be the manifest's, by name and dtype; undeclared outputs are fine."""
-    inputs = {port.name: _DTYPES.get(port.type, port.type) for port in session.get_inputs()}
-    outputs = {port.name: _DTYPES.get(port.type, port.type) for port in session.get_outputs()}
-    declared_in = {port.name: port.dtype for port in component.inputs}
-    declared_out = {port.name: port.dtype for port in component.outputs}
-    if inputs != declared_in:
-        raise SessionError(f"{component.path} has other inputs than the manifest", got=inputs, expected=declared_in)
-    if any(outputs.get(name) != dtype for name, dtype in declared_out.items()):
-        raise SessionError(f"{component.path} has other outputs than the manifest", got=outputs, expected=declared_out)

@@ -43,7 +43,8 @@ class StepEvent:
 class Session:
     """Graphs of one bundle. Use it in a `with` block, or call `close`.
 
-    `providers` and `threads` override the manifest's; `backend` replaces it altogether.
+    `providers` and `threads` override the manifest's. `backend`: another one by name ("onnxruntime", "openvino",
+    "coreml"; the plain graphs run with the first two), or an object that stands for it altogether.
     """
 
     def __init__(
@@ -52,12 +53,21 @@ class Session:
         *,
         providers: Sequence[str] | None = None,
         threads: int | None = None,
-        backend: Backend | None = None,
+        backend: Backend | str | None = None,
     ) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.load_ms = 0.0
-        self._backend = backend or open_backend(bundle.manifest.backend, providers=providers, threads=threads)
+        if backend is None or isinstance(backend, str):
+            backend = open_backend(
+                self.manifest.backend,
+                providers=providers,
+                threads=threads,
+                name=backend,
+                packages=self.manifest.coreml,
+                root=bundle.path,
+            )
+        self._backend = backend
         self._graphs: dict[str, Graph] = {}
         self._tokenizer: PromptTokenizer | None = None
         self._providers: dict[str, tuple[str, ...]] = {}
