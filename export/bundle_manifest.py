@@ -15,6 +15,7 @@ from latentrelay.runtime.manifest import (
     MANIFEST_NAME,
     BackendSpec,
     Component,
+    CoreMLPackage,
     DecoderSpec,
     Guidance,
     ImageSpec,
@@ -62,6 +63,23 @@ def _port(name: str, array: Any, free: bool) -> Port:
     return Port(name, _ROLES.get(name, name), str(array.dtype), shape)
 
 
+def backend_spec(profile: DeviceProfile) -> BackendSpec:
+    """What runs the ONNX graphs there: OpenVINO where the profile asks for it, else ONNX Runtime with the profile's
+    providers and their settings (a profile whose backend is Core ML runs its packages by that, and these as a spare).
+    """
+    providers = profile.backend.execution_providers
+    openvino = profile.backend.name == "openvino"
+    return BackendSpec(
+        "openvino" if openvino else "onnxruntime",
+        tuple(provider.name for provider in providers),
+        {
+            "intra_op_threads": profile.backend.threads,
+            **({"inference_precision": "f32"} if openvino else MEMORY_OPTIONS),
+        },
+        {provider.name: dict(provider.options) for provider in providers if provider.options},
+    )
+
+
 def write_manifest(
     folder: Path,
     *,
@@ -77,6 +95,8 @@ def write_manifest(
     selftest: SelftestSpec,
     tools: Mapping[str, str],
     decoder: DecoderSpec | None = None,
+    quality: Mapping[str, Any] | None = None,
+    coreml: tuple[CoreMLPackage, ...] = (),
 ) -> str:
     """Write manifest.json into the finished `folder`, return its digest; `latent` = rows, columns, downscale."""
     rows, columns, downscale = latent
@@ -86,7 +106,7 @@ def write_manifest(
         created_by=dict(tools),
         source=Source(source.model, source.family, source.digest, source.licence, source.revision),
         profile=recipe.profile,
-        precision="fp32",
+        precision=str(recipe.quantisation["precision"]),
         latent=LatentSpec(unet.in_channels, rows, columns, float(vae.scaling_factor), 0.0, downscale),
         image=ImageSpec(rows * downscale, columns * downscale),
         prediction_type=source.pipeline.scheduler.config.prediction_type,
@@ -103,14 +123,12 @@ def write_manifest(
         tokenizer=tokenizer,
         components=dict(components),
         files=list_files(folder),
-        backend=BackendSpec(
-            "onnxruntime",
-            tuple(provider.name for provider in profile.backend.execution_providers),
-            {"intra_op_threads": profile.backend.threads, **MEMORY_OPTIONS},
-        ),
+        backend=backend_spec(profile),
         parity=parity,
         selftest=selftest,
         decoder=decoder,
+        quality=dict(quality or {}),
+        coreml=coreml,
         additional_metadata=dict(source.notes),
     ).sealed()
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json_bytes())

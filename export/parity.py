@@ -8,13 +8,14 @@ ships.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from latentrelay.compress.denoising_chain import Denoiser, guided, solver_step
 from latentrelay.compress.plan import Plan
 from latentrelay.export.errors import ParityError
 from latentrelay.export.onnx_graphs import TextEncoderGraph, UNetGraph, VaeDecoderGraph
@@ -107,28 +108,69 @@ def _torch(module: torch.nn.Module, *arrays: NDArray[Any]) -> list[Floats]:
     return [tensor.numpy().copy() for tensor in tensors]
 
 
-def check_parity(
-    folder: Path,
-    paths: Mapping[str, str],
-    samples: Mapping[str, list[Sample]],
+def check_components(
+    paths: Mapping[str, Path], samples: Mapping[str, list[Sample]], progress: Callable[[str], None]
+) -> dict[str, dict[str, float]]:
+    """Run float graphs through ONNX Runtime: {component: {"snr_db": lowest}}; ParityError at the first below 60 dB."""
+    report = {}
+    for component, path in paths.items():
+        progress(f"parity: {component}")
+        lowest = _lowest(open_session(path), samples[component])
+        report[component] = {"snr_db": _gate(component, lowest, COMPONENT_GATE_DB)}
+    return report
+
+
+def check_step(
+    path: Path,
+    plan: Plan,
+    cases: list[Sample],
     run: ReferenceRun,
     rule: SamplerRule,
+    denoiser: Denoiser | None,
     progress: Callable[[str], None],
 ) -> dict[str, dict[str, float]]:
-    """Run every graph through ONNX Runtime; returns {component: {"snr_db": lowest}} plus "chained_run".
+    """The step graph: "step_full" teacher-forced, "chained_run" fed with its own results.
 
-    Raises ParityError at the first one below its gate (60 dB, the chained run 50 dB).
+    With a float network (`denoiser` None) both are compared with torch. A quantised one is `denoiser`, and both are
+    compared with the plan's tables applied to its output in NumPy: the graph must be the tables, whatever the network
+    does. Raises ParityError below 60 dB (50 dB chained, and both where the network is quantised).
     """
-    report: dict[str, dict[str, float]] = {}
-    for component, cases in samples.items():
-        progress(f"parity: {component}")
-        session = open_session(folder / paths[component])
-        report[component] = {"snr_db": _gate(component, _lowest(session, cases), COMPONENT_GATE_DB)}
-        if component == "step_full":
-            progress("parity: chained run")
-            chained = _chained(session, run, rule)
-            report["chained_run"] = {"snr_db": _gate("chained_run", chained, CHAINED_GATE_DB)}
+    session, table = open_session(path), plan.recipe.solver_table
+    gate = COMPONENT_GATE_DB if denoiser is None else CHAINED_GATE_DB
+    if denoiser is not None:
+        cases = [Sample(case.inputs, step_in_numpy(plan, case.inputs, denoiser)) for case in cases]
+    progress("parity: step_full")
+    report = {"step_full": {"snr_db": _gate("step_full", _lowest(session, cases), gate)}}
+    progress("parity: chained run")
+    steps = range(len(table.rows))
+    feeds = (_step_sample(run, step, rule).inputs for step in steps)
+    expected = run.latents[-1] if denoiser is None else _chained_in_numpy(plan, run, rule, denoiser)
+    chained = snr_db(expected, _chained(session, feeds, rule))
+    report["chained_run"] = {"snr_db": _gate("chained_run", chained, CHAINED_GATE_DB)}
     return report
+
+
+def step_in_numpy(plan: Plan, inputs: Feeds, denoiser: Denoiser) -> Feeds:
+    """What a step graph must give for its inputs, by the plan's tables: {"next_latents", "next_x0_prev" if read}."""
+    step = int(inputs["step"])
+    row, latents = plan.recipe.solver[step], inputs["latents"]
+    noise_pred = corrected(plan, denoiser(latents, step, inputs["prompt_embeds"]), step)
+    if "noise" in inputs:
+        a, b, n = (np.float32(value) for value in (row.a, row.b, row.n))
+        return {"next_latents": a * latents + b * noise_pred + n * inputs["noise"]}
+    scale = np.float32(inputs["guidance"]) * np.float32(plan.tables.guidance_multiplier[step])
+    next_latents, x0 = solver_step(row, latents, guided(noise_pred, float(scale)), inputs.get("x0_prev"))
+    return {"next_latents": next_latents, **({"next_x0_prev": x0} if "x0_prev" in inputs else {})}
+
+
+def corrected(plan: Plan, noise_pred: Floats, step: int) -> Floats:
+    """(1 - K) q - b in float32 by the plan's compensation, (branches, C, h, w) both; unchanged where it has none."""
+    gain, offset = plan.tables.compensation_gain, plan.tables.compensation_offset
+    if gain is None or offset is None:
+        return noise_pred
+    kept = (1.0 - gain[step]).astype(np.float32)[..., None, None]
+    result: Floats = noise_pred * kept - offset[step].astype(np.float32)[..., None, None]
+    return result
 
 
 def open_session(path: Path) -> Any:
@@ -150,15 +192,27 @@ def _lowest(session: Any, cases: list[Sample]) -> float:
     return min(values)
 
 
-def _chained(session: Any, run: ReferenceRun, rule: SamplerRule) -> float:
-    latents, memory = run.latents[0], run.x0_prev[0]
-    for step in range(len(run.latents) - 1):
-        feeds: Feeds = _step_sample(run, step, rule).inputs | {"latents": latents}
+def _chained(session: Any, steps: Iterable[Feeds], rule: SamplerRule) -> Floats:
+    """The last latents of a run in which each step's results stand in for the next one's recorded inputs."""
+    carried: Feeds = {}
+    for feeds in steps:
         if rule.needs_x0_prev:
-            latents, memory = session.run(["next_latents", "next_x0_prev"], feeds | {"x0_prev": memory})
+            latents, memory = session.run(["next_latents", "next_x0_prev"], feeds | carried)
+            carried = {"latents": latents, "x0_prev": memory}
         else:
-            (latents,) = session.run(["next_latents"], feeds)
-    return snr_db(run.latents[-1], latents)
+            (latents,) = session.run(["next_latents"], feeds | carried)
+            carried = {"latents": latents}
+    result: Floats = carried["latents"]
+    return result
+
+
+def _chained_in_numpy(plan: Plan, run: ReferenceRun, rule: SamplerRule, denoiser: Denoiser) -> Floats:
+    carried: Feeds = {}
+    for step in range(plan.recipe.num_steps):
+        outputs = step_in_numpy(plan, _step_sample(run, step, rule).inputs | carried, denoiser)
+        carried = {name.removeprefix("next_"): array for name, array in outputs.items()}
+    result: Floats = carried["latents"]
+    return result
 
 
 def _gate(component: str, value: float, gate_db: float) -> float:

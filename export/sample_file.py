@@ -41,7 +41,8 @@ def load_samples(folder: Path) -> tuple[ReferenceRun, dict[str, list[Sample]]]:
     """What `save_samples` wrote."""
     arrays = dict(sorted(load_file(folder / SAMPLES).items()))
     sequences = {
-        field: tuple(array for name, array in arrays.items() if name.startswith(f"run.{field}.")) for field in _SEQUENCES
+        field: tuple(array for name, array in arrays.items() if name.startswith(f"run.{field}."))
+        for field in _SEQUENCES
     }
     run = ReferenceRun(
         prompt_embeds=arrays["run.prompt_embeds"],

@@ -1,6 +1,8 @@
 """selftest.safetensors: one sample per graph, so that a device can check itself without torch.
 
-Names are `<component>.in.<input>` and `<component>.out.<output>`; expected outputs are torch's. Scalars keep shape ().
+Names are `<component>.in.<input>` and `<component>.out.<output>`; scalars keep shape (). A float graph's expected
+outputs are torch's. A quantised one's are its own, from the session it was built with: the self-test asks whether this
+machine computes the graph, and what quantisation costs stands in the manifest.
 """
 
 from __future__ import annotations
@@ -9,20 +11,30 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from latentrelay.export.parity import COMPONENT_GATE_DB, Sample
+from latentrelay.export.parity import COMPONENT_GATE_DB, Sample, open_session
 from latentrelay.runtime.manifest import SelftestSpec
 from safetensors.numpy import save
 
 SELFTEST_PATH = "selftest.safetensors"
 
 
-def write_selftest(folder: Path, samples: Mapping[str, list[Sample]]) -> SelftestSpec:
-    """Write the middle sample of each graph (a step in mid-run reads the memory of a multistep solver)."""
+QUANTISED_TOLERANCE_DB = 25.0  # other integer kernels round in other places, and a flipped rounding travels
+
+
+def write_selftest(folder: Path, samples: Mapping[str, list[Sample]], paths: Mapping[str, Path]) -> SelftestSpec:
+    """Write the middle sample of each graph (a step in mid-run reads the memory of a multistep solver).
+
+    `paths`: the quantised graphs among them, which are run for their expected outputs.
+    """
     tensors = {}
     for component, cases in samples.items():
         case = cases[len(cases) // 2]
+        if component in paths:
+            names = list(case.outputs)
+            outputs = open_session(paths[component]).run(names, case.inputs)
+            case = Sample(case.inputs, dict(zip(names, outputs, strict=True)))
         for side, arrays in (("in", case.inputs), ("out", case.outputs)):
             for name, array in arrays.items():
                 tensors[f"{component}.{side}.{name}"] = np.array(array, order="C")
     (folder / SELFTEST_PATH).write_bytes(save(dict(sorted(tensors.items()))))
-    return SelftestSpec(SELFTEST_PATH, COMPONENT_GATE_DB)
+    return SelftestSpec(SELFTEST_PATH, COMPONENT_GATE_DB, dict.fromkeys(paths, QUANTISED_TOLERANCE_DB))

@@ -85,6 +85,11 @@ def place_files(stage: Path, target: Path) -> None:
             shutil.copyfile(path, goal)
 
 
+def stage_digest(stage: Path) -> str:
+    """The digest of a stage's files, for stages that are made of them."""
+    return json_digest(read_json(stage, RECORD)["files"])
+
+
 def read_json(stage: Path, name: str) -> Any:
     """A JSON file of a stage."""
     return json.loads((stage / name).read_text(encoding="utf-8"))

@@ -126,12 +126,12 @@ def test_a_bundle_is_replaced_only_when_asked(tiny_pipeline: Any, tiny_bundle: P
 def test_a_failed_export_leaves_nothing_behind(
     tiny_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentrelay.export import build_bundle
+    from latentrelay.export import bundle_job
 
     def fail(*_: Any) -> None:
         raise ParityError("unet", 12.0, 60.0)
 
-    monkeypatch.setattr(build_bundle._Job, "_write_graphs", fail)
+    monkeypatch.setattr(bundle_job.BundleJob, "_unet", fail)
     with pytest.raises(ParityError, match="unet"):
         export(tiny_pipeline, "pixel-8", tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

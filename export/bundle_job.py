@@ -1,0 +1,290 @@
+"""One build, stage by stage: torch run, graphs, parity, precision, step graph, self-test, manifest.
+
+What takes long goes through a `StageStore` under what it depends on, so that a build which was killed, or is run again
+with one setting changed, does only what is missing. The bundle is then put together from the stages' files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from latentrelay.compress.plan import Plan
+from latentrelay.device_profiles import DeviceProfile
+from latentrelay.export.bundle_folder import write_json, write_layout
+from latentrelay.export.bundle_manifest import PATHS, ports, write_manifest
+from latentrelay.export.calibration import Calibration
+from latentrelay.export.errors import ExportError
+from latentrelay.export.light_decoder import decoder_spec
+from latentrelay.export.merge_step import merge_step
+from latentrelay.export.onnx_graphs import UNET_DATA, TextEncoderGraph, UNetGraph, decoder_graph, export_onnx
+from latentrelay.export.parity import Sample, check_components, check_step, collect_samples
+from latentrelay.export.precision_pass import PrecisionPass, Refined
+from latentrelay.export.reference_run import ReferenceRun, record_run
+from latentrelay.export.sample_file import load_samples, save_samples
+from latentrelay.export.selftest import write_selftest
+from latentrelay.export.source import SourceModel
+from latentrelay.export.stages import StageStore, place_files, read_json, stage_digest
+from latentrelay.export.step_graph import FewStepTail, StepHead, StepTail
+from latentrelay.export.tokenizer_file import write_tokenizer
+from latentrelay.runtime.digest import weights_digest
+from latentrelay.runtime.manifest import Component
+from latentrelay.runtime.samplers import SamplerRule, sampler_rule
+
+_OPSET_LOWEST, _OPSET_HIGHEST = 18, 20  # what torch.onnx writes here and ONNX Runtime and Optimum read alike
+_GRAPH, _PARITY = "model.onnx", "parity.json"
+
+
+@dataclass(frozen=True)
+class BundleJob:
+    """One export under way. `cloud` is the source's own pipeline; in `source`'s the device's U-Net has taken its place.
+    `rows`, `columns` are latent rows and columns."""
+
+    source: SourceModel
+    cloud: Any
+    profile: DeviceProfile
+    plan: Plan
+    scheduler: Any
+    rows: int
+    columns: int
+    downscale: int
+    guidance: float
+    vae: Any
+    precision: str
+    calibration: Calibration
+    stages: StageStore
+
+    def run(self, name: str, folder: Path) -> tuple[str, dict[str, float], Refined]:
+        """Write the bundle into `folder`: its digest, the lowest SNR in dB per component, what the precision took."""
+        reference, samples = self._reference()
+        made = {"text_encoder": self._text_encoder(), "vae_decoder": self._vae_decoder(), "unet": self._unet()}
+        parity = self._parity(made, samples)
+        refined = PrecisionPass(
+            source=self.source,
+            cloud=self.cloud,
+            plan=self.plan,
+            profile=self.profile,
+            latent=(self.plan_channels, self.rows, self.columns),
+            guidance=self.guidance,
+            precision=self.precision,
+            calibration=self.calibration,
+            stages=self.stages,
+            keys=self._keys,
+        ).run(made, samples)
+        with self.stages.timed("layout", "writing configuration, tokenizer and plan"):
+            write_layout(self.source.pipeline, self.scheduler, folder, self.vae)
+            tokenizer = write_tokenizer(self.source.pipeline.tokenizer, folder / "tokenizer")
+            refined.plan.save(folder)
+            for component, stage in refined.graphs.items():
+                place_files(stage, folder / component)
+        with self.stages.timed("step_graphs", "merging the step graph"):
+            self._write_step(refined.plan, folder)
+        with self.stages.timed("parity", "comparing the step graph"):
+            step = folder / PATHS["step_full"]
+            parity |= check_step(
+                step, refined.plan, samples["step_full"], reference, self.rule, refined.denoiser, self.stages.progress
+            )
+        parity |= {name: dict(values) for name, values in refined.parity.items()}
+        with self.stages.timed("manifest", "writing the self-test and the manifest"):
+            quantised = {component: folder / PATHS[component] for component in refined.quantised}
+            selftest = write_selftest(folder, samples, quantised)
+            digest = write_manifest(
+                folder,
+                name=name,
+                source=self.source,
+                profile=self.profile,
+                plan=refined.plan,
+                latent=(self.rows, self.columns, self.downscale),
+                tokenizer=tokenizer,
+                guidance=self.guidance,
+                components=self._components(samples, refined),
+                parity=parity,
+                selftest=selftest,
+                tools=versions(),
+                decoder=None if self.vae is self.source.pipeline.vae else decoder_spec(self.vae),
+                quality=refined.quality,
+                coreml=refined.coreml,
+            )
+        return digest, {component: float(values["snr_db"]) for component, values in parity.items()}, refined
+
+    @property
+    def rule(self) -> SamplerRule:
+        """What the sampler needs and has."""
+        return sampler_rule(self.plan.recipe.sampler)
+
+    @property
+    def plan_channels(self) -> int:
+        """Latent channels."""
+        return int(self.source.pipeline.unet.config.in_channels)
+
+    @property
+    def _dynamic(self) -> bool:
+        return not self.profile.support.static_shapes_only
+
+    @property
+    def _opset(self) -> int:
+        return min(max(self.profile.support.onnx_opset or _OPSET_HIGHEST, _OPSET_LOWEST), _OPSET_HIGHEST)
+
+    @cached_property
+    def _keys(self) -> Mapping[str, Any]:
+        """What identifies the networks and the schedule, by what depends on it."""
+        recipe = self.plan.recipe
+        unet = recipe.compression.get("student_digest", self.source.digest)
+        vae = self.source.digest if self.vae is self.source.pipeline.vae else _digest(self.vae)
+        graph = {"opset": self._opset, "dynamic": self._dynamic, "tools": versions()}
+        return {
+            "text_encoder": {"weights": self.source.digest, **graph},
+            "vae_decoder": {"weights": vae, "size": [self.rows, self.columns], **graph},
+            "unet": {
+                "weights": unet,
+                "size": [self.rows, self.columns],
+                "branches": self.rule.branches,
+                "kernels": self.profile.backend.kernels,
+                **graph,
+            },
+            "run": {
+                "source": self.source.digest,
+                "unet": unet,
+                "vae": vae,
+                "size": [self.rows, self.columns],
+                "sampler": recipe.sampler,
+                "scheduler": recipe.scheduler_digest,
+                "num_steps": recipe.num_steps,
+                "guidance": self.guidance,
+                "tools": versions(),
+            },
+        }
+
+    def _reference(self) -> tuple[ReferenceRun, dict[str, list[Sample]]]:
+        pipeline = self.source.pipeline
+
+        def write(folder: Path) -> None:
+            height, width = self.rows * self.downscale, self.columns * self.downscale
+            run = record_run(
+                pipeline, self.scheduler, self.plan.recipe.num_steps, height, width, self.guidance, self.rule
+            )
+            save_samples(folder, run, collect_samples(pipeline, self.plan, run, self.rule, self.vae))
+
+        words = "running the source pipeline in torch"
+        return load_samples(self.stages.made("reference_run", words, self._keys["run"], write))
+
+    def _text_encoder(self) -> Path:
+        pipeline = self.source.pipeline
+        tokens = pipeline.tokenizer.model_max_length
+
+        def write(folder: Path) -> None:
+            export_onnx(
+                TextEncoderGraph(pipeline.text_encoder),
+                [torch.zeros(2 if self._dynamic else 1, tokens, dtype=torch.int64)],
+                folder / _GRAPH,
+                inputs=["input_ids"],
+                outputs=["last_hidden_state", "pooler_output"],
+                opset=self._opset,
+                batched=["input_ids"] if self._dynamic else [],
+            )
+
+        return self.stages.made("text_encoder", "exporting the text encoder", self._keys["text_encoder"], write)
+
+    def _vae_decoder(self) -> Path:
+        def write(folder: Path) -> None:
+            export_onnx(
+                decoder_graph(self.vae),
+                [torch.zeros(2 if self._dynamic else 1, self.plan_channels, self.rows, self.columns)],
+                folder / _GRAPH,
+                inputs=["latent_sample"],
+                outputs=["sample"],
+                opset=self._opset,
+                batched=["latent_sample"] if self._dynamic else [],
+            )
+
+        return self.stages.made("vae_decoder", "exporting the VAE decoder", self._keys["vae_decoder"], write)
+
+    def _unet(self) -> Path:
+        pipeline = self.source.pipeline
+        tokens, width = pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size
+
+        def write(folder: Path) -> None:
+            latents = self._example()
+            export_onnx(
+                UNetGraph(pipeline.unet),
+                [latents, torch.tensor(1.0), torch.zeros(len(latents), tokens, width)],
+                folder / _GRAPH,
+                inputs=["sample", "timestep", "encoder_hidden_states"],
+                outputs=["out_sample"],
+                opset=self._opset,
+                batched=["sample", "encoder_hidden_states"] if self._dynamic else [],
+                external=UNET_DATA,
+            )
+
+        return self.stages.made("unet", "exporting the U-Net", self._keys["unet"], write)
+
+    def _example(self) -> torch.Tensor:
+        """Latents of the batch that is traced; a dynamic axis wants more than one."""
+        batch = 2 if self._dynamic else self.rule.branches
+        return torch.zeros(batch, self.plan_channels, self.rows, self.columns)
+
+    def _parity(self, made: Mapping[str, Path], samples: Mapping[str, list[Sample]]) -> dict[str, dict[str, float]]:
+        def write(folder: Path) -> None:
+            paths = {component: stage / _GRAPH for component, stage in made.items()}
+            write_json(folder / _PARITY, check_components(paths, samples, self.stages.progress))
+
+        graphs = {component: stage_digest(stage) for component, stage in made.items()}
+        inputs = {"graphs": graphs, "run": self._keys["run"]}
+        stage = self.stages.made("parity", "comparing every graph with torch", inputs, write)
+        report: dict[str, dict[str, float]] = read_json(stage, _PARITY)
+        return report
+
+    def _write_step(self, plan: Plan, folder: Path) -> None:
+        unet = folder / PATHS["unet"]
+        head, tail = unet.with_name("head.onnx"), unet.with_name("tail.onnx")
+        latents = self._example()
+        one, step = latents[:1], torch.tensor(0, dtype=torch.int64)
+        export_onnx(
+            StepHead(plan, self.rule.branches),
+            [one, step],
+            head,
+            inputs=["latents", "step"],
+            outputs=["sample", "timestep"],
+            opset=self._opset,
+        )
+        if self.rule.branches == 1:  # an example is a tensor of its own: one passed twice becomes one input twice
+            module: torch.nn.Module = FewStepTail(plan)
+            examples = {"noise_pred": one.clone(), "latents": one, "step": step, "noise": one.clone()}
+            results = ["next_latents"]
+        else:
+            memory = self.rule.needs_x0_prev
+            module = StepTail(plan)
+            examples = {"noise_pred": latents, "latents": one, "step": step, "guidance": torch.tensor(7.5)}
+            examples |= {"x0_prev": one.clone()} if memory else {}
+            results = ["next_latents", *(["next_x0_prev"] if memory else [])]
+        export_onnx(module, list(examples.values()), tail, inputs=list(examples), outputs=results, opset=self._opset)
+        merge_step(unet, head, tail, folder / PATHS["step_full"], self.rule.branches)
+        head.unlink()
+        tail.unlink()
+
+    def _components(self, samples: Mapping[str, list[Sample]], refined: Refined) -> dict[str, Component]:
+        own = self.precision
+        precisions = {"vae_decoder": "fp32", "text_encoder": "fp32", **refined.precisions}
+        others = {name: precision for name, precision in precisions.items() if precision != own}
+        components = ports(samples, dynamic_batch=self._dynamic)
+        return {name: replace(each, precision=others.get(name)) for name, each in components.items()}
+
+
+def _digest(module: Any) -> str:
+    return weights_digest((name, tensor.detach().cpu().numpy()) for name, tensor in module.state_dict().items())
+
+
+def versions() -> dict[str, str]:
+    """The versions of what makes a bundle, by package."""
+    tools = ("latentrelay", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxscript", "numpy")
+    try:
+        return {tool: metadata.version(tool) for tool in tools}
+    except metadata.PackageNotFoundError as error:
+        raise ExportError(
+            f"{error.name} is not installed as a package", do="Run: pip install latentrelay[export]"
+        ) from error
