@@ -21,7 +21,6 @@ from latentrelay.export.bundle_manifest import PATHS, ports, write_manifest
 from latentrelay.export.calibration import Calibration
 from latentrelay.export.errors import ExportError
 from latentrelay.export.light_decoder import decoder_spec
-from latentrelay.export.merge_step import merge_step
 from latentrelay.export.onnx_graphs import UNET_DATA, TextEncoderGraph, UNetGraph, decoder_graph, export_onnx
 from latentrelay.export.parity import Sample, check_components, check_step, collect_samples
 from latentrelay.export.precision_pass import PrecisionPass, Refined
@@ -30,7 +29,7 @@ from latentrelay.export.sample_file import load_samples, save_samples
 from latentrelay.export.selftest import write_selftest
 from latentrelay.export.source import SourceModel
 from latentrelay.export.stages import StageStore, place_files, read_json, stage_digest
-from latentrelay.export.step_graph import FewStepTail, StepHead, StepTail
+from latentrelay.export.step_writer import write_step
 from latentrelay.export.tokenizer_file import write_tokenizer
 from latentrelay.runtime.digest import weights_digest
 from latentrelay.runtime.manifest import Component
@@ -83,7 +82,7 @@ class BundleJob:
             for component, stage in refined.graphs.items():
                 place_files(stage, folder / component)
         with self.stages.timed("step_graphs", "merging the step graph"):
-            self._write_step(refined.plan, folder)
+            write_step(refined.plan, folder / PATHS["step_full"], self._example(), self._opset)
         with self.stages.timed("parity", "comparing the step graph"):
             step = folder / PATHS["step_full"]
             parity |= check_step(
@@ -238,34 +237,6 @@ class BundleJob:
         stage = self.stages.made("parity", "comparing every graph with torch", inputs, write)
         report: dict[str, dict[str, float]] = read_json(stage, _PARITY)
         return report
-
-    def _write_step(self, plan: Plan, folder: Path) -> None:
-        unet = folder / PATHS["unet"]
-        head, tail = unet.with_name("head.onnx"), unet.with_name("tail.onnx")
-        latents = self._example()
-        one, step = latents[:1], torch.tensor(0, dtype=torch.int64)
-        export_onnx(
-            StepHead(plan, self.rule.branches),
-            [one, step],
-            head,
-            inputs=["latents", "step"],
-            outputs=["sample", "timestep"],
-            opset=self._opset,
-        )
-        if self.rule.branches == 1:  # an example is a tensor of its own: one passed twice becomes one input twice
-            module: torch.nn.Module = FewStepTail(plan)
-            examples = {"noise_pred": one.clone(), "latents": one, "step": step, "noise": one.clone()}
-            results = ["next_latents"]
-        else:
-            memory = self.rule.needs_x0_prev
-            module = StepTail(plan)
-            examples = {"noise_pred": latents, "latents": one, "step": step, "guidance": torch.tensor(7.5)}
-            examples |= {"x0_prev": one.clone()} if memory else {}
-            results = ["next_latents", *(["next_x0_prev"] if memory else [])]
-        export_onnx(module, list(examples.values()), tail, inputs=list(examples), outputs=results, opset=self._opset)
-        merge_step(unet, head, tail, folder / PATHS["step_full"], self.rule.branches)
-        head.unlink()
-        tail.unlink()
 
     def _components(self, samples: Mapping[str, list[Sample]], refined: Refined) -> dict[str, Component]:
         own = self.precision
