@@ -46,9 +46,11 @@ def cloud(prompt: str, seed: int, split: int) -> CloudHandoff:
     return CloudHandoff(latents, memory if split else None, states)
 
 
-def made(folder: Path, network: Network, prompts: tuple[str, ...] = ("a", "bb", "ccc"), **changes: Any) -> Trajectories:
+def made(
+    folder: Path, denoiser: Network, prompts: tuple[str, ...] = ("a", "bb", "ccc"), /, **changes: Any
+) -> Trajectories:
     identity = dataclasses.replace(IDENTITY, **changes)
-    return record(folder, prompts, range(len(prompts)), (0, 2), cloud, network, TABLE, identity)
+    return record(folder, prompts, range(len(prompts)), (0, 2), cloud, denoiser, TABLE, identity)
 
 
 def test_a_run_holds_what_the_solver_did(tmp_path: Path) -> None:
@@ -101,9 +103,7 @@ def test_a_killed_recording_goes_on(tmp_path: Path) -> None:
 )
 def test_another_identity_is_refused_by_name(tmp_path: Path, field: str, value: object) -> None:
     made(tmp_path, Network())
-    with pytest.raises(
-        TrajectoryError, match=f"another {field.replace(chr(95), chr(32))}.*expected {value}"
-    ) as refused:
+    with pytest.raises(TrajectoryError, match=f"another .*expected {value}") as refused:
         made(tmp_path, Network(), **{field: value})
     assert refused.value.field == field
     assert refused.value.exit_status == 3
