@@ -18,6 +18,7 @@ from typing import Any, cast
 import onnx_ir
 import torch
 from latentrelay.compress.folded_tail import FoldedDecoder, folds
+from latentrelay.export.simplify_graph import simplify
 from onnxscript import optimizer
 from torch import Tensor, nn
 
@@ -97,11 +98,13 @@ def export_onnx(
     opset: int,
     batched: Sequence[str] = (),
     external: str | None = None,
+    kernels: str | None = None,
 ) -> None:
     """Write `module` to `path`; inputs named in `batched` get a dynamic first axis called "batch".
 
     `external`: the name of the data file beside `path` that takes the weights; None keeps them inside unless they are
-    too large for one protobuf (then the name is `<path>_data`).
+    too large for one protobuf (then the name is `<path>_data`). `kernels`: what a U-Net's graph is simplified for
+    (simplify_graph.py); None leaves it as the exporter wrote it.
     """
     dynamic = None
     if batched:
@@ -124,6 +127,8 @@ def export_onnx(
         # Once, not twice as torch does: a third of the time for 3 % more nodes, which ONNX Runtime folds when it loads.
         optimizer.optimize_ir(program.model, num_iterations=1)
     _name_layers(program.model)
+    if kernels is not None:
+        simplify(program.model, kernels)
     _forget_origins(program.model)
     if external is None and _initializer_bytes(program.model) > _INLINE_LIMIT:
         external = path.name + "_data"
