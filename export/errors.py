@@ -6,6 +6,7 @@ LatentRelayError
    |- UnsupportedSourceError    it can be read, but one named part of it has no export; see `.part`
    |- OutputExistsError         the output folder holds something that must not be replaced
    |- ParityError               a graph disagrees with torch; see `.component` and `.snr_db`
+   |- LayerRuleError            a layer cannot be stored or computed as its rule says; see `.layer`
    |- ConversionError           coremltools cannot convert a component; the message names the operator
    |- DeploymentTargetError     Core ML at the deployment target lacks an operator; see `.operator` and `.needs`
    `- UnknownOperatorError      the interpreter of Core ML programs lacks an operator; see `.operator` and `.output`
@@ -92,3 +93,13 @@ class UnknownOperatorError(ExportError):
             do="Add it there with a test against torch.",
         )
         self.operator, self.output = operator, output
+
+
+class LayerRuleError(ExportError):
+    """A layer cannot be stored or computed as its rule says; `.layer` names it."""
+
+    exit_status = REFUSED
+
+    def __init__(self, layer: str, what: str, *, got: object = None, expected: object = None) -> None:
+        super().__init__(f"{layer}: {what}", got=got, expected=expected, do="Choose another precision for this layer.")
+        self.layer = layer
