@@ -218,6 +218,7 @@ class BundleJob:
                 opset=self._opset,
                 batched=["sample", "encoder_hidden_states"] if self._dynamic else [],
                 external=UNET_DATA,
+                kernels=self.profile.backend.kernels,
             )
 
         return self.stages.made("unet", "exporting the U-Net", self._keys["unet"], write)

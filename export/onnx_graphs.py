@@ -149,13 +149,17 @@ def _name_layers(model: onnx_ir.Model) -> None:
     `<path>.weight`, also where the exporter transposed them for a MatMul and gave them a number.
     """
     roots: set[str] = set()
+    taken = {node.name for node in model.graph}
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         roots.update(scopes[1:2] if len(scopes) > 2 else [])
         weight = node.inputs[1] if len(node.inputs) > 1 else None
         weighted = node.op_type in ("Conv", "Gemm", "MatMul") and weight is not None and weight.is_initializer()
         if weighted and weight is not None and len(scopes) > 2:
-            node.name = scopes[-2].partition(".")[2]
+            path = scopes[-2].partition(".")[2]
+            if path not in taken:  # a module that computes in several parts: the first has its name
+                taken.add(path)
+                node.name = path
             if f"{scopes[-2]}.weight" not in model.graph.initializers:  # parts of one weight keep their numbers
                 weight.name = f"{scopes[-2]}.weight"
     for value in tuple(model.graph.initializers.values()):
