@@ -1,8 +1,8 @@
 """A torch module to one .mlpackage, on Linux too: traced, converted by coremltools, saved so that equal means equal.
 
 Float16 throughout, except what `keep_float32` names by module path (the step's tables and solver, the sine of the
-timestep). `save_package` writes Core ML's folder with neither date nor random identifiers in it: the same module gives the
-same bytes. Compression is a later pass (`export/coreml_compress.py`); nothing here runs a package.
+timestep). `save_package` writes Core ML's folder with neither date nor random identifiers in it: the same module gives
+the same bytes. Compression is a later pass (`export/coreml_compress.py`); nothing here runs a package.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def convert(
     try:
         with quiet(), torch.no_grad():
             examples = tuple(each.example() for each in inputs)
-            traced = torch.jit.trace(module.eval(), examples, check_trace=False)
+            traced = torch.jit.trace(module.eval(), examples, check_trace=False)  # type: ignore[no-untyped-call]
             return coremltools.convert(
                 traced,
                 inputs=types,

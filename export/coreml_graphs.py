@@ -18,6 +18,8 @@ from latentrelay.export.step_graph import FewStepTail, StepHead, StepTail
 from latentrelay.runtime.samplers import SamplerRule
 from torch import Tensor, nn
 
+Outputs = Tensor | tuple[Tensor, ...]
+
 
 @dataclass(frozen=True)
 class PackageInput:
@@ -70,10 +72,8 @@ class CoreMLStep(nn.Module):
         self.tail = gather_tables(FewStepTail(plan) if rule.branches == 1 else StepTail(plan))
         self.apple_layout = apple_layout
 
-    def forward(
-        self, latents: Tensor, step: Tensor, prompt_embeds: Tensor, *rest: Tensor
-    ) -> Tensor | tuple[Tensor, ...]:
-        """latents f32 (1,C,h,w), step i32 (1,), prompt_embeds f32 (B,T,D); rest: guidance (1,) and x0_prev, or noise."""
+    def forward(self, latents: Tensor, step: Tensor, prompt_embeds: Tensor, *rest: Tensor) -> Outputs:
+        """latents f32 (1,C,h,w), step i32 (1,), prompt_embeds f32 (B,T,D); then guidance (1,) and x0_prev, or noise."""
         if self.apple_layout:
             prompt_embeds = prompt_embeds.squeeze(2).transpose(1, 2)
         sample, timestep = self.head(latents, step)

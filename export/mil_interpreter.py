@@ -112,8 +112,9 @@ def _tensor(values: Any, var: Any) -> Tensor:
 
 
 def _rounded(tensor: Tensor, var: Any) -> Tensor:
+    """In the declared type, and in row order: torch sums in another order over another layout."""
     declared = TORCH_TYPES.get(type_name(var))
-    return tensor if declared is None or tensor.dtype == declared else tensor.to(declared)
+    return tensor.to(tensor.dtype if declared is None else declared).contiguous()
 
 
 def _array(value: Value) -> NDArray[Any]:

@@ -1,8 +1,8 @@
-"""What each Core ML operator computes, over torch: one entry a MIL operator name, the set that diffusion models convert to.
+"""What each Core ML operator computes, over torch: one entry a MIL operator, the set that diffusion models convert to.
 
-In: `Arguments`, an operation's inputs by MIL's own names (float16 arrives widened to float32). Out: a tensor, or a tuple
-where the operation has several outputs; whoever calls rounds it to the declared type. Written after the MIL operator
-reference (coremltools 9.0, opsets iOS 15 to 18). It models values, not any processor: sums run in float32.
+In: `Arguments`, an operation's inputs by MIL's own names (float16 arrives widened to float32). Out: a tensor, or a
+tuple where the operation has several outputs; whoever calls rounds it to the declared type. Written after the MIL
+operator reference (coremltools 9.0, opsets iOS 15 to 18). It models values, not any processor: sums run in float32.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ class Arguments:
             raise TypeError(f"{name} is {type(value).__name__}, expected a tensor")
         return value.float() if value.dtype == torch.float16 else value
 
+    def get(self, name: str) -> Tensor | None:
+        """The tensor of that name, or None where the operation leaves it out."""
+        return self[name] if name in self.given else None
+
     def tensors(self, name: str) -> list[Tensor]:
         """A list of tensors, float16 widened to float32."""
         value = self.given[name]
@@ -83,7 +87,7 @@ def _gelu(a: Arguments) -> Tensor:
 
 
 def _conv(a: Arguments) -> Tensor:
-    """x (N,C,*space), weight (O,C/groups,*kernel) -> (N,O,*space'), padding "custom", "valid", "same" or "same_lower"."""
+    """x (N,C,*space), weight (O,C/groups,*kernel) -> (N,O,*space'); padding "custom", "valid", "same", "same_lower"."""
     x, weight = a["x"], a["weight"]
     space = x.ndim - 2
     stride, dilation = a.setting("strides", [1] * space), a.setting("dilations", [1] * space)
@@ -97,7 +101,7 @@ def _conv(a: Arguments) -> Tensor:
             pads[2 * i : 2 * i + 2] = (large, small) if kind == "same_lower" else (small, large)
     x = functional.pad(x, [pads[2 * i + side] for i in reversed(range(space)) for side in (0, 1)])
     run = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[space]
-    bias = a["bias"] if "bias" in a else None
+    bias = a.get("bias")
     return run(x, weight, bias, stride=stride, dilation=dilation, groups=a.setting("groups", 1))
 
 
@@ -108,7 +112,7 @@ def _matmul(a: Arguments) -> Tensor:
 
 
 def _linear(a: Arguments) -> Tensor:
-    return functional.linear(a["x"], a["weight"], a["bias"] if "bias" in a else None)
+    return functional.linear(a["x"], a["weight"], a.get("bias"))
 
 
 def _attention(a: Arguments) -> Tensor:
@@ -121,8 +125,8 @@ def _attention(a: Arguments) -> Tensor:
 
 
 def _batch_norm(a: Arguments) -> Tensor:
-    gamma = a["gamma"] if "gamma" in a else None
-    beta = a["beta"] if "beta" in a else None
+    gamma = a.get("gamma")
+    beta = a.get("beta")
     return functional.batch_norm(a["x"], a["mean"], a["variance"], gamma, beta, eps=a.setting("epsilon", 1e-5))
 
 
@@ -136,8 +140,8 @@ def _layer_norm(a: Arguments) -> Tensor:
 
 
 def _instance_norm(a: Arguments) -> Tensor:
-    gamma = a["gamma"] if "gamma" in a else None
-    beta = a["beta"] if "beta" in a else None
+    gamma = a.get("gamma")
+    beta = a.get("beta")
     return functional.instance_norm(a["x"], weight=gamma, bias=beta, eps=a.setting("epsilon", 1e-5))
 
 
@@ -176,7 +180,7 @@ def _split(a: Arguments) -> tuple[Tensor, ...]:
 
 
 def _slice_by_index(a: Arguments) -> Tensor:
-    """x[begin:end:stride] per axis; a mask takes the whole side, `squeeze_mask` takes one element and drops the axis."""
+    """x[begin:end:stride] per axis; a mask takes a whole side, `squeeze_mask` takes one element and drops the axis."""
     x = a["x"]
     off = [False] * x.ndim
     begin, end = a.setting("begin"), a.setting("end")
