@@ -6,6 +6,9 @@ LatentRelayError
    |- UnsupportedSourceError    it can be read, but one named part of it has no export; see `.part`
    |- OutputExistsError         the output folder holds something that must not be replaced
    |- ParityError               a graph disagrees with torch; see `.component` and `.snr_db`
+   |- ActivationError         an activation is NaN or Inf; see `.layer` and `.step`
+   |- RangeExplodedError      an activation's range explodes at one step; see `.layer`, `.step` and `.times`
+   |- UnfusedLayerError       a layer that the recipe wants in integer runs in float; see `.layer`
    |- LayerRuleError            a layer cannot be stored or computed as its rule says; see `.layer`
    |- ConversionError           coremltools cannot convert a component; the message names the operator
    |- DeploymentTargetError     Core ML at the deployment target lacks an operator; see `.operator` and `.needs`
@@ -102,4 +105,50 @@ class LayerRuleError(ExportError):
 
     def __init__(self, layer: str, what: str, *, got: object = None, expected: object = None) -> None:
         super().__init__(f"{layer}: {what}", got=got, expected=expected, do="Choose another precision for this layer.")
+        self.layer = layer
+
+
+class ActivationError(ExportError):
+    """An activation of the float network is NaN or Inf; `.layer` says which, `.step` when."""
+
+    exit_status = REFUSED
+
+    def __init__(self, layer: str, step: int) -> None:
+        super().__init__(
+            f"{layer} is not finite at step {step}",
+            got="NaN or Inf",
+            expected="finite numbers",
+            do="Check the network's weights and the recorded inputs; nothing can be quantised from this.",
+        )
+        self.layer, self.step = layer, step
+
+
+class RangeExplodedError(ExportError):
+    """One step's range would leave the other steps a few levels; `.layer`, `.step`, `.times` the others' median."""
+
+    exit_status = REFUSED
+
+    def __init__(self, layer: str, step: int, reach: float, median: float) -> None:
+        times = reach / median if median > 0.0 else float("inf")
+        super().__init__(
+            f"the range of {layer} explodes at step {step}",
+            got=f"{reach:.4g}, {times:.1f} times the median {median:.4g} of the other steps",
+            expected="steps of the same order",
+            do="Check that step's inputs, or keep this layer in float.",
+        )
+        self.layer, self.step, self.times = layer, step, times
+
+
+class UnfusedLayerError(ExportError):
+    """A layer that the recipe computes on integers is not an integer kernel in the runtime's own graph; `.layer`."""
+
+    exit_status = REFUSED
+
+    def __init__(self, layer: str, got: str, expected: str) -> None:
+        super().__init__(
+            f"{layer} did not fuse to an integer kernel",
+            got=got,
+            expected=expected,
+            do="Build for this machine's kernel set, or put the layer on the recipe's float list.",
+        )
         self.layer = layer
