@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir
 from latentrelay.compress.low_rank import LowRank
-from latentrelay.compress.precision import Layer, LayerRule
+from latentrelay.compress.precision import Layer, LayerRule, PrecisionRecipe
 from latentrelay.compress.weight_fit import InputStatistics, WeightFit, fit_weight
 from latentrelay.compress.weight_rounding import RoundedWeight
 from latentrelay.export.errors import LayerRuleError
+from latentrelay.export.layers import is_layer, layers_of
 from numpy.typing import NDArray
 
 BLOCKED_OPSET, BLOCKED_IR = 21, 10  # from which DequantizeLinear takes blocks and 4-bit integers
@@ -61,6 +63,25 @@ def fit_layer(
 ) -> WeightFit:
     """Round the node's weights for the kernel that will read them; `seen` is what calibration saw at its input."""
     return fit_weight(layer_weight(node), dataclasses.replace(rule, group=kernel_group(layer, rule, kernels)), seen)
+
+
+def fit_layers(
+    unet_onnx: Path, recipe: PrecisionRecipe, statistics: Mapping[str, InputStatistics] | None = None
+) -> dict[str, WeightFit]:
+    """Rounded weights of every layer whose rule has integer weights and no static activations, by layer name.
+
+    `statistics`: what calibration saw (see input_statistics.py); only layers with 4-bit weights profit from it.
+    """
+    model = onnx_ir.load(unet_onnx)
+    layers = {layer.name: layer for layer in layers_of(model)}
+    fits = {}
+    for node in model.graph:
+        rule = recipe.rules.get(node.name or "")
+        if rule is None or not is_layer(node) or rule.weights not in ("int8", "int4") or rule.activations not in _LEVEL:
+            continue
+        layer = layers[node.name or ""]
+        fits[layer.name] = fit_layer(node, layer, rule, recipe.kernels, (statistics or {}).get(layer.name))
+    return fits
 
 
 def layer_weight(node: onnx_ir.Node) -> NDArray[np.float32]:
