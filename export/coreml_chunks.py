@@ -59,7 +59,7 @@ def _cuts(function: Any) -> list[Cut]:
     for var in function.outputs:
         last[var] = len(operations)
     fixed = {var for op in operations if _is_constant(op) for var in op.outputs}
-    users = {var: [i for i in range(0)] for var in fixed}
+    users: dict[Any, list[int]] = {var: [] for var in fixed}
     for i, op in enumerate(operations):
         if not _is_constant(op):
             for var in _constants_behind(op, fixed):
