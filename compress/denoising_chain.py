@@ -31,8 +31,8 @@ class Denoiser(Protocol):
 class Correction(Protocol):
     """What is done to a noise prediction before guidance."""
 
-    def apply(self, noise_pred: Floats, step: int) -> Floats:
-        """noise_pred (2, C, h, w) float32 -> the same shape, float32."""
+    def apply(self, noise_pred: Floats, step: int, latents: Floats, x0_prev: Floats | None) -> Floats:
+        """noise_pred (2, C, h, w), latents and the memory (1, C, h, w) -> the noise prediction; all float32."""
         ...
 
 
@@ -82,7 +82,7 @@ def chain(
         bad = int(noise_pred.size - np.isfinite(noise_pred).sum())
         if bad:
             raise TrajectoryError(f"step {step}: the network gave {bad} values that are NaN or Inf", expected="numbers")
-        corrected = noise_pred if correction is None else correction.apply(noise_pred, step)
+        corrected = noise_pred if correction is None else correction.apply(noise_pred, step, latents, x0_prev)
         scale = guidance * (1.0 if guidance_multiplier is None else float(guidance_multiplier[step]))
         e = guided(corrected, scale)
         next_latents, x0 = solver_step(table.rows[step], latents, e, x0_prev)
@@ -102,6 +102,25 @@ def guided(noise_pred: Floats, guidance: float) -> Floats:
     """noise_pred (2, C, h, w), unconditional first -> e (1, C, h, w) = u + guidance (c - u)."""
     unconditional, conditional = noise_pred[0:1], noise_pred[1:2]
     return unconditional + np.float32(guidance) * (conditional - unconditional)
+
+
+def compensated(
+    noise_pred: Floats,
+    gain: NDArray[np.float64],
+    offset: NDArray[np.float64],
+    mixing: NDArray[np.float64] | None,
+    latents: Floats,
+    x0_prev: Floats | None,
+) -> Floats:
+    """One row of a compensation as the step graph computes it, in float32: `(1 - K) q - b`, and where the row mixes,
+    less `m0 q_other + m1 latents + m2 x0_prev`. noise_pred (B, C, h, w), gain and offset (B, C), mixing (2, 3, C)."""
+    kept = (1.0 - gain).astype(np.float32)[..., None, None]
+    corrected: Floats = noise_pred * kept - offset.astype(np.float32)[..., None, None]
+    if mixing is None:
+        return corrected
+    row = mixing.astype(np.float32)[..., None, None]
+    corrected = corrected - (row[:, 0] * noise_pred[::-1] + row[:, 1] * latents)
+    return corrected if x0_prev is None or not mixing[:, 2].any() else corrected - row[:, 2] * x0_prev
 
 
 def solver_step(row: SolverRow, latents: Floats, e: Floats, x0_prev: Floats | None) -> tuple[Floats, Floats]:

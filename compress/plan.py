@@ -92,11 +92,14 @@ class Tables:
 
     `guidance_multiplier` (N,): 1 leaves the scale as asked. `compensation_gain` K and `compensation_offset` b, both
     (N, branches, C) or both None: the network's output q is corrected to (1 - K) q - b; rows of zeros change nothing.
+    `compensation_mixing` (N, 2, 3, C), with them or None, is subtracted too: per branch, times the other branch's
+    output, the step's latents and the solver's memory (zeros in row 0 and where the solver has none).
     """
 
     guidance_multiplier: NDArray[np.float64]
     compensation_gain: NDArray[np.float64] | None = None
     compensation_offset: NDArray[np.float64] | None = None
+    compensation_mixing: NDArray[np.float64] | None = None
 
     def arrays(self) -> dict[str, NDArray[np.float64]]:
         """Those that are there, by name."""
@@ -205,18 +208,18 @@ def _check(plan: Plan) -> None:
     if multiplier.dtype != np.float64 or multiplier.shape != (recipe.num_steps,):
         got = f"{multiplier.dtype} {multiplier.shape}"
         raise PlanError(f"tables.guidance_multiplier: got {got}, expected float64 ({recipe.num_steps},)")
-    _check_compensation(plan.tables, recipe.num_steps)
+    _check_compensation(plan.tables, recipe)
     numbers = [value for row in recipe.solver for value in dataclasses.astuple(row)]
     if not (np.isfinite(numbers).all() and np.isfinite(multiplier).all()):
         raise PlanError("the plan holds NaN or Inf, expected finite numbers. Fit the tables again.")
 
 
-def _check_compensation(tables: Tables, num_steps: int) -> None:
-    gain, offset = tables.compensation_gain, tables.compensation_offset
-    if gain is None and offset is None:
+def _check_compensation(tables: Tables, recipe: Recipe) -> None:
+    gain, offset, num_steps = tables.compensation_gain, tables.compensation_offset, recipe.num_steps
+    if gain is None and offset is None and tables.compensation_mixing is None:
         return
     if gain is None or offset is None:
-        raise PlanError("tables: compensation_gain and compensation_offset belong together, got one of them")
+        raise PlanError("tables: compensation_gain and compensation_offset belong together, got one without the other")
     for name, array in (("compensation_gain", gain), ("compensation_offset", offset)):
         fits = array.ndim == 3 and array.shape[0] == num_steps and array.shape[1] in (1, 2)
         if array.dtype != np.float64 or not fits or array.shape != gain.shape:
@@ -225,3 +228,20 @@ def _check_compensation(tables: Tables, num_steps: int) -> None:
             )
         if not np.isfinite(array).all():
             raise PlanError(f"tables.{name} holds NaN or Inf, expected finite numbers. Fit the tables again.")
+    if tables.compensation_mixing is not None:
+        _check_mixing(tables.compensation_mixing, gain.shape, recipe)
+
+
+def _check_mixing(mixing: NDArray[np.float64], shape: tuple[int, ...], recipe: Recipe) -> None:
+    expected = (shape[0], 2, 3, shape[2])
+    if mixing.dtype != np.float64 or mixing.shape != expected or shape[1] != 2:
+        raise PlanError(
+            f"tables.compensation_mixing: got {mixing.dtype} {mixing.shape}, expected float64 {expected} and 2 branches"
+        )
+    if not np.isfinite(mixing).all():
+        raise PlanError("tables.compensation_mixing holds NaN or Inf, expected finite numbers. Fit the tables again.")
+    unread = mixing[:, :, 2] if not recipe.solver_table.needs_x0_prev else mixing[:1, :, 2]
+    if unread.any():
+        raise PlanError(
+            "tables.compensation_mixing reads the solver's memory where there is none, expected zeros there"
+        )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from latentrelay.compress.denoising_chain import Denoiser, guided, solver_step
+from latentrelay.compress.denoising_chain import Denoiser, compensated, guided, solver_step
 from latentrelay.compress.plan import Plan
 from latentrelay.export.errors import ParityError
 from latentrelay.export.onnx_graphs import TextEncoderGraph, UNetGraph, VaeDecoderGraph
@@ -154,7 +154,7 @@ def step_in_numpy(plan: Plan, inputs: Feeds, denoiser: Denoiser) -> Feeds:
     """What a step graph must give for its inputs, by the plan's tables: {"next_latents", "next_x0_prev" if read}."""
     step = int(inputs["step"])
     row, latents = plan.recipe.solver[step], inputs["latents"]
-    noise_pred = corrected(plan, denoiser(latents, step, inputs["prompt_embeds"]), step)
+    noise_pred = corrected(plan, denoiser(latents, step, inputs["prompt_embeds"]), step, inputs)
     if "noise" in inputs:
         a, b, n = (np.float32(value) for value in (row.a, row.b, row.n))
         return {"next_latents": a * latents + b * noise_pred + n * inputs["noise"]}
@@ -163,14 +163,14 @@ def step_in_numpy(plan: Plan, inputs: Feeds, denoiser: Denoiser) -> Feeds:
     return {"next_latents": next_latents, **({"next_x0_prev": x0} if "x0_prev" in inputs else {})}
 
 
-def corrected(plan: Plan, noise_pred: Floats, step: int) -> Floats:
-    """(1 - K) q - b in float32 by the plan's compensation, (branches, C, h, w) both; unchanged where it has none."""
-    gain, offset = plan.tables.compensation_gain, plan.tables.compensation_offset
-    if gain is None or offset is None:
+def corrected(plan: Plan, noise_pred: Floats, step: int, inputs: Feeds) -> Floats:
+    """The plan's compensation in float32, (branches, C, h, w) both; unchanged where it has none."""
+    tables = plan.tables
+    if tables.compensation_gain is None or tables.compensation_offset is None:
         return noise_pred
-    kept = (1.0 - gain[step]).astype(np.float32)[..., None, None]
-    result: Floats = noise_pred * kept - offset[step].astype(np.float32)[..., None, None]
-    return result
+    rows = (tables.compensation_gain[step], tables.compensation_offset[step])
+    mixing = None if tables.compensation_mixing is None else tables.compensation_mixing[step]
+    return compensated(noise_pred, *rows, mixing, inputs["latents"], inputs.get("x0_prev"))
 
 
 def open_session(path: Path) -> Any:

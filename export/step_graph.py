@@ -43,26 +43,45 @@ class StepHead(nn.Module):
 class Compensation(nn.Module):
     """The quantisation error's correction: `e = (1 - K) q - b`, rows of K and b gathered by step, in float32.
 
-    It stands behind the network's last convolution and outside its quantisation. `enabled` is whether the plan has
-    tables; without them no node is exported.
+    Where the plan mixes, `m0 q_other + m1 latents + m2 x0_prev` is subtracted too, q_other being the other guidance
+    branch. It stands behind the network's last convolution and outside its quantisation. `enabled` is whether the plan
+    has tables; without them no node is exported.
     """
 
     kept: Tensor
     offset: Tensor
+    mixing: Tensor
+    reads_memory: Tensor
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         gain, offset = plan.tables.compensation_gain, plan.tables.compensation_offset
+        mixing = plan.tables.compensation_mixing
         self.enabled = gain is not None and offset is not None
+        self.mixes = self.enabled and mixing is not None
         if gain is not None and offset is not None:
             self.register_buffer("kept", torch.from_numpy((1.0 - gain).astype(np.float32))[..., None, None])
             self.register_buffer("offset", torch.from_numpy(offset.astype(np.float32))[..., None, None])
+        if mixing is not None:
+            self.register_buffer("mixing", torch.from_numpy(mixing.astype(np.float32))[..., None, None])
+            self.register_buffer("reads_memory", torch.from_numpy((mixing[:, :, 2] != 0.0).any(axis=(1, 2))))
 
-    def forward(self, noise_pred: Tensor, step: Tensor) -> Tensor:
-        """noise_pred f32 (branches,C,h,w), step i64 () -> the same shape."""
+    def forward(
+        self, noise_pred: Tensor, step: Tensor, latents: Tensor | None = None, x0_prev: Tensor | None = None
+    ) -> Tensor:
+        """noise_pred f32 (branches,C,h,w), step i64 () -> the same shape; latents and x0_prev (1,C,h,w)."""
         if not self.enabled:
             return noise_pred
-        return noise_pred * self.kept[step] - self.offset[step]
+        corrected = noise_pred * self.kept[step] - self.offset[step]
+        if not self.mixes or latents is None:
+            return corrected
+        row = self.mixing[step]  # (2, 3, C, 1, 1)
+        other = torch.cat([noise_pred[1:2], noise_pred[0:1]])
+        corrected = corrected - (row[:, 0] * other + row[:, 1] * latents)
+        if x0_prev is None:
+            return corrected
+        # Unused memory is selected away: what was never written may hold anything.
+        return corrected - row[:, 2] * torch.where(self.reads_memory[step], x0_prev, latents)
 
 
 class StepTail(nn.Module):
@@ -86,7 +105,7 @@ class StepTail(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Shapes as in the file's header; without memory in the solver there is one output, `next_latents`."""
         row = self.coefficients[step]  # (7,)
-        noise_pred = self.compensation(noise_pred, step)
+        noise_pred = self.compensation(noise_pred, step, latents, x0_prev)
         unconditional, conditional = noise_pred[0:1], noise_pred[1:2]  # (1, C, h, w) each
         e = unconditional + guidance * self.guidance_multiplier[step] * (conditional - unconditional)
         next_latents = row[0] * latents + row[1] * e

@@ -109,3 +109,21 @@ def test_compensation_tables_that_do_not_fit_are_refused(gain: Any, offset: Any,
     plan = some_plan()
     with pytest.raises(PlanError, match=named):
         Plan(plan.recipe, Tables(plan.tables.guidance_multiplier, gain, offset))
+
+
+def test_mixing_reads_memory_only_where_there_is_one() -> None:
+    rows = np.zeros((3, 2, 4))
+    mixing = np.zeros((3, 2, 3, 4))
+    mixing[2, :, 2] = 0.5
+    plain = some_plan()
+    recipe = dataclasses.replace(plain.recipe, solver=tuple(dataclasses.replace(r, c=0.1) for r in plain.recipe.solver))
+    tables = Tables(np.ones(3), rows, rows.copy(), mixing)
+    assert Plan(recipe, tables).tables == tables
+    early = mixing.copy()
+    early[0, :, 2] = 0.5
+    without = dataclasses.replace(recipe, solver=tuple(dataclasses.replace(row, c=0.0) for row in recipe.solver))
+    for wrong_recipe, wrong in ((recipe, early), (without, mixing), (recipe, mixing[:, :1]), (recipe, mixing * np.nan)):
+        with pytest.raises(PlanError, match="compensation_mixing"):
+            Plan(wrong_recipe, Tables(np.ones(3), rows, rows, wrong))
+    with pytest.raises(PlanError, match="belong together"):
+        Plan(recipe, Tables(np.ones(3), None, None, mixing))
