@@ -27,7 +27,7 @@ from latentrelay.tools.bench_clock import QUIET, Timed, interleave, times_faster
 from latentrelay.tools.bench_rows import BASELINE, BUNDLE_ROWS, NNCF_ROW, ROWS, Row, own_kernels, version, why_not
 from latentrelay.tools.bench_source import Network
 from latentrelay.tools.bench_worker import WARM_UPS, Loaded, Worker, in_child
-from latentrelay.tools.console import counting, emit, printable, table
+from latentrelay.tools.console import counting, emit, extra, printable, table
 from latentrelay.tools.machine import read_machine
 from rich.console import Console
 
@@ -219,7 +219,8 @@ def _measure(
     rounds: int,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    from latentrelay.export.bundle_manifest import MEMORY_OPTIONS  # brings torch, which the children need not have
+    with extra("bench", "The benchmark"):
+        from latentrelay.export.bundle_manifest import MEMORY_OPTIONS  # brings torch, which the children need not have
 
     loaded: dict[str, Loaded] = {}
     reasons: dict[str, tuple[str, bool]] = {}  # why not, and whether that is a failure

@@ -8,6 +8,8 @@ come from too.
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -21,8 +23,6 @@ UNET, STEP, KERNELS = "model.onnx", "step_full.onnx", "kernels.json"
 
 def load_unet(network: Network) -> Any:
     """The network in torch, float32, evaluation mode."""
-    import json
-
     from diffusers import UNet2DConditionModel
     from latentrelay.compress.student_unet import StudentUNet2DConditionModel
 
@@ -55,9 +55,32 @@ def write_ours(network: Network, folder: Path, kernels: str) -> None:
 def write_quantised(network: Network, folder: Path, floating: Path, kernels: str) -> None:
     """Our w8a8 step graph for a kernel set from the float one, and, on ONNX Runtime, kernels.json: what it really has.
 
-    Raises UnfusedLayerError naming a layer that did not become an integer kernel.
+    Ranges come from the network's calibration steps. Raises UnfusedLayerError naming a layer that did not become an
+    integer kernel.
     """
-    raise NotImplementedError("not there yet")
+    import onnx_ir
+    from latentrelay.compress.precision import recipe_for
+    from latentrelay.export.activation_ranges import record_ranges
+    from latentrelay.export.integer_kernels import count_integer_kernels
+    from latentrelay.export.layers import layers_of
+    from latentrelay.export.quantise_graph import quantise
+
+    recipe = recipe_for(layers_of(onnx_ir.load(floating / UNET)), "w8a8", kernels)
+    threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
+    ranges = record_ranges(floating / UNET, network.calibration(), threads=threads)
+    quantise(floating / UNET, recipe, ranges, folder / UNET)
+    _write_step(network, folder)
+    if kernels.startswith("onnxruntime"):
+        count = count_integer_kernels(folder / STEP, recipe)
+        integer = {
+            "convolutions": count.integer_convs,
+            "linears": count.integer_linears,
+            "activation_products": count.activation_products,
+            "kernels": dict(count.kernels),
+        }
+        floats = {"names": list(count.float_list), "mac_share": count.float_mac_share}
+        document = json.dumps({"integer_kernels": integer, "float_list": floats})
+        (folder / KERNELS).write_text(document, encoding="utf-8")
 
 
 def _write_step(network: Network, folder: Path) -> None:

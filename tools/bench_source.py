@@ -64,7 +64,7 @@ class Network:
         with np.load(self.folder / CALIBRATION) as arrays:
             for row, step in enumerate(arrays["step"]):
                 names = ("sample", "timestep", "encoder_hidden_states")
-                yield int(step), {name: arrays[name][row] for name in names}
+                yield int(step), {name: np.asarray(arrays[name][row]) for name in names}
 
     @classmethod
     def read(cls, folder: Path) -> Network:
