@@ -3,7 +3,8 @@
 In: unet/model.onnx in float32, a recipe and the activation ranges. Out: another model.onnx with its model.onnx_data.
 Layers with static activations are laid out here, one pair of nodes per activation however many layers read it; layers
 whose activations stay float or are scaled as they come are weight_only.py's. On ONNX Runtime a convolution gets its
-output quantised too, without which it runs in float; a linear does not, its integer kernel writes floats.
+output quantised too, without which it runs in float; linears and 1x1 convolutions do not, their integer kernel writes
+floats (integer_linear.py). Elsewhere inputs alone are quantised, as NNCF does it for OpenVINO.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ import onnx_ir
 from latentrelay.compress.precision import Layer, LayerRule, PrecisionRecipe
 from latentrelay.compress.weight_fit import WeightFit
 from latentrelay.export.activation_ranges import Ranges, ValueRange
+from latentrelay.export.attention_nodes import MICROSOFT
 from latentrelay.export.errors import ExportError, LayerRuleError
+from latentrelay.export.integer_linear import (
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    IntegerInput,
+    is_pointwise,
+    is_transpose,
+    replace_linear,
+    replace_pointwise,
+)
 from latentrelay.export.layers import is_layer, layers_of
 from latentrelay.export.onnx_graphs import UNET_DATA
 from latentrelay.export.weight_only import apply_weight_only, layer_weight
@@ -91,13 +102,23 @@ class _Scale:
 
 
 @dataclass
+class _Quantised:
+    """One quantised activation: its integers as they are, and once more for each of the two things read off them."""
+
+    integers: onnx_ir.Value
+    scale: _Scale
+    dequantised: onnx_ir.Value | None = None
+    channels_last: onnx_ir.Value | None = None
+
+
+@dataclass
 class _Static:
     """Lays static layers out in one graph; remembers which activations are quantised already."""
 
     model: onnx_ir.Model
     kernels: str
     ranges: Ranges | None
-    dequantised: dict[onnx_ir.Value, tuple[onnx_ir.Value, _Scale]] = field(default_factory=dict)
+    quantised: dict[onnx_ir.Value, _Quantised] = field(default_factory=dict)
 
     def apply(self, node: onnx_ir.Node, layer: Layer, rule: LayerRule) -> None:
         """Quantise one node's input, weights, bias and, for a convolution on ONNX Runtime, its output."""
@@ -106,47 +127,92 @@ class _Static:
             raise LayerRuleError(
                 layer.name, "static activations need int8 weights per channel", got=got, expected="int8"
             )
-        source = self._input(node, layer, rule)
-        axis = 1 if _flipped(node) else 0
         codes, scales = integer_weight(layer_weight(node))
-        self._weight(node, layer.name, codes.T if axis else codes, scales, axis)
-        integer_bias = layer.kind == "conv" and self.kernels != "openvino"
-        if integer_bias and len(node.inputs) > 2 and node.inputs[2] is not None:
-            self._bias(node, layer.name, scales * np.float32(source.number))
-        if layer.kind == "conv" and self.kernels != "openvino":
-            self._output(node, layer, rule)
+        if self.kernels == "openvino":
+            self._surround(node, layer, rule, codes, scales)
+        elif node.op_type == "MatMul":
+            source = self._channels_last(node, layer, rule, turned=False)
+            replace_linear(self.model.graph, node, layer, source, codes.T, scales, self._constant)
+        elif is_pointwise(node, layer):
+            source, flat = self._channels_last(node, layer, rule, turned=True), codes.reshape(len(codes), -1)
+            replace_pointwise(self.model.graph, node, layer, source, flat.T, scales, self._constant)
+        else:
+            scale = self._surround(node, layer, rule, codes, scales)
+            if layer.kind == "conv":
+                self._bias(node, layer.name, scales * np.float32(scale.number))
+                self._output(node, layer, rule)
+        if self.kernels != "openvino":
+            self.model.graph.opset_imports.setdefault(MICROSOFT, 1)
 
-    def _input(self, node: onnx_ir.Node, layer: Layer, rule: LayerRule) -> _Scale:
+    def _surround(
+        self, node: onnx_ir.Node, layer: Layer, rule: LayerRule, codes: NDArray[np.int8], scales: NDArray[np.float32]
+    ) -> _Scale:
+        """Dequantise in front of the node's input and weights; a runtime fuses the three."""
+        source = self._input(node, layer, rule)
+        if source.dequantised is None:
+            name, scale = f"{layer.name}/input", source.scale
+            up = onnx_ir.node("DequantizeLinear", [source.integers, scale.scale, scale.zero], name=f"{name}/dequantise")
+            up.outputs[0].name = f"{name}/float"
+            read = node.inputs[0]
+            up.outputs[0].shape, up.outputs[0].type = (None, None) if read is None else (read.shape, read.type)
+            self._insert_behind(source.integers, up)
+            source.dequantised = up.outputs[0]
+        node.replace_input_with(0, source.dequantised)
+        axis = 1 if stored_flipped(node) else 0
+        self._weight(node, layer.name, codes.T if axis else codes, scales, axis)
+        return source.scale
+
+    def _channels_last(self, node: onnx_ir.Node, layer: Layer, rule: LayerRule, turned: bool) -> IntegerInput:
+        """A node's input as integers with the channels in the last axis; `turned`: the graph has (B,C,h,w)."""
         value = node.inputs[0]
+        producer = value.producer() if value is not None else None
+        if turned and producer is not None and is_transpose(producer, CHANNELS_FIRST):  # it was channels last before
+            source = self._quantise(producer.inputs[0], layer, rule)
+            return IntegerInput(source.integers, source.scale.scale, source.scale.zero)
+        source = self._quantise(value, layer, rule)
+        integers = source.integers
+        if turned:
+            if source.channels_last is None:
+                turn = onnx_ir.node("Transpose", [integers], {"perm": list(CHANNELS_LAST)}, name=f"{layer.name}/turn")
+                turn.outputs[0].name = f"{layer.name}/input/channels_last"
+                self._insert_behind(integers, turn)
+                source.channels_last = turn.outputs[0]
+            integers = source.channels_last
+        return IntegerInput(integers, source.scale.scale, source.scale.zero)
+
+    def _input(self, node: onnx_ir.Node, layer: Layer, rule: LayerRule) -> _Quantised:
+        return self._quantise(node.inputs[0], layer, rule)
+
+    def _quantise(self, value: onnx_ir.Value | None, layer: Layer, rule: LayerRule) -> _Quantised:
         if value is None:
             raise LayerRuleError(layer.name, "it has no input", got=None, expected="an activation")
-        if value not in self.dequantised:
-            scale = self._scale(f"{layer.name}/input", self._range(layer, "inputs"), rule)
-            self.dequantised[value] = (self._pair(value, f"{layer.name}/input", scale, node), scale)
-        result, scale = self.dequantised[value]
-        node.replace_input_with(0, result)
-        return scale
+        if value not in self.quantised:
+            name = f"{layer.name}/input"
+            scale = self._scale(name, self._range(layer, "inputs"), rule)
+            down = onnx_ir.node("QuantizeLinear", [value, scale.scale, scale.zero], name=f"{name}/quantise")
+            down.outputs[0].name = f"{name}/integer"
+            self._insert_behind(value, down)
+            self.quantised[value] = _Quantised(down.outputs[0], scale)
+        return self.quantised[value]
+
+    def _insert_behind(self, value: onnx_ir.Value, node: onnx_ir.Node) -> None:
+        producer = value.producer()
+        if producer is not None:
+            self.model.graph.insert_after(producer, node)
+        else:
+            self.model.graph.insert_before(self.model.graph[0], node)
 
     def _output(self, node: onnx_ir.Node, layer: Layer, rule: LayerRule) -> None:
-        value = node.outputs[0]
+        value, name = node.outputs[0], f"{layer.name}/output"
         users = tuple(value.uses())
-        scale = self._scale(f"{layer.name}/output", self._range(layer, "outputs"), rule)
-        result = self._pair(value, f"{layer.name}/output", scale, None)
-        for user, index in users:
-            user.replace_input_with(index, result)
-
-    def _pair(self, value: onnx_ir.Value, name: str, scale: _Scale, before: onnx_ir.Node | None) -> onnx_ir.Value:
-        """value -> quantised -> float again, placed in front of `before` or behind what makes the value."""
+        scale = self._scale(name, self._range(layer, "outputs"), rule)
         down = onnx_ir.node("QuantizeLinear", [value, scale.scale, scale.zero], name=f"{name}/quantise")
         up = onnx_ir.node("DequantizeLinear", [down.outputs[0], scale.scale, scale.zero], name=f"{name}/dequantise")
         down.outputs[0].name, up.outputs[0].name = f"{name}/integer", f"{name}/float"
         up.outputs[0].shape, up.outputs[0].type = value.shape, value.type
-        producer = value.producer()
-        if before is not None:
-            self.model.graph.insert_before(before, [down, up])
-        elif producer is not None:
-            self.model.graph.insert_after(producer, [down, up])
-        return up.outputs[0]
+        self.model.graph.insert_after(node, [down, up])
+        for user, index in users:
+            user.replace_input_with(index, up.outputs[0])
 
     def _weight(
         self, node: onnx_ir.Node, name: str, codes: NDArray[np.int8], scales: NDArray[np.float32], axis: int
@@ -159,8 +225,10 @@ class _Static:
         self._dequantised_constant(node, 1, f"{name}/weight", inputs, axis)
 
     def _bias(self, node: onnx_ir.Node, name: str, scales: NDArray[np.float32]) -> None:
-        value = node.inputs[2]
-        if value is None or value.const_value is None:
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        if value is None:
+            return
+        if value.const_value is None:
             raise LayerRuleError(name, "its bias is not a constant", got=value, expected="a constant")
         codes = np.rint(value.const_value.numpy().astype(np.float64) / scales)
         limits = np.iinfo(np.int32)
@@ -204,6 +272,6 @@ class _Static:
         return value
 
 
-def _flipped(node: onnx_ir.Node) -> bool:
-    """True where the file holds (in, out)."""
+def stored_flipped(node: onnx_ir.Node) -> bool:
+    """True where the file holds a layer's weights as (in, out)."""
     return node.op_type == "MatMul" or (node.op_type == "Gemm" and not node.attributes.get_int("transB", 0))
