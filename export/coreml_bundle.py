@@ -40,6 +40,7 @@ from latentrelay.runtime.manifest import CoreMLPackage, Port
 from latentrelay.runtime.samplers import sampler_rule
 
 FOLDER = "coreml"
+MIB = 2**20
 # Lowest SNR in dB over a component's samples and outputs. fp16 is the promise; the others only catch a broken
 # conversion, and how good a compressed network is stands in the bundle's quality figures.
 GATES_DB: Mapping[str, float] = {
@@ -263,7 +264,7 @@ def _within_limit(
     progress: Progress,
 ) -> list[Path]:
     """The package, or its two halves where its weights pass the limit; the halves are proved equal to the whole."""
-    limit = None if limit_mib is None else limit_mib * 2**20
+    limit = None if limit_mib is None else limit_mib * MIB
     if limit is None or weight_bytes(path) <= limit:
         return [path]
     progress(f"Core ML: cutting {path.name} in two")

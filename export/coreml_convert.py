@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import traceback
 import uuid
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -59,8 +60,9 @@ def convert(
     types = [
         coremltools.TensorType(name=each.name, shape=each.shape, dtype=np.dtype(each.dtype).type) for each in inputs
     ]
-    try:
-        with quiet(), torch.no_grad():
+    failure = ""
+    with quiet(), torch.no_grad():
+        try:
             examples = tuple(each.example() for each in inputs)
             traced = torch.jit.trace(module.eval(), examples, check_trace=False)  # type: ignore[no-untyped-call]
             return coremltools.convert(
@@ -73,11 +75,13 @@ def convert(
                 compute_precision=selected,
                 skip_model_load=True,
             )
-    except (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise ConversionError(
-            f"coremltools cannot convert {type(module).__name__}: {str(error).strip().splitlines()[0]}",
-            do="The model's code uses an operator without a Core ML form; report the model.",
-        ) from error
+        except (NotImplementedError, RuntimeError, ValueError, TypeError, KeyError) as error:
+            failure = str(error).strip().splitlines()[0]
+            traceback.clear_frames(error.__traceback__)  # its temporary folders go here, where warnings are held back
+    raise ConversionError(
+        f"coremltools cannot convert {type(module).__name__}: {failure}",
+        do="The model's code uses an operator without a Core ML form; report the model.",
+    )
 
 
 def _inside(op: Any, names: Collection[str]) -> bool:
