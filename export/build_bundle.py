@@ -42,6 +42,7 @@ class ExportResult:
     """What an export made: the folder, its digest ("sha256:<hex>"), lowest SNR in dB per component, seconds a stage.
 
     `reused`: stages that were taken from the work folder. `quality`: what the precision cost, as in the manifest.
+    `stages`: their folders by name, where a work folder was given.
     """
 
     bundle: Path
@@ -52,6 +53,7 @@ class ExportResult:
     reused: tuple[str, ...] = ()
     quality: Mapping[str, Any] = field(default_factory=dict)
     coreml: tuple[CoreMLPackage, ...] = ()
+    stages: Mapping[str, Path] = field(default_factory=dict)
 
 
 def export(
@@ -124,8 +126,9 @@ def export(
         with bundle_folder(folder, overwrite=overwrite) as partial:
             digest, parity_db, refined = job.run(folder.name, partial)
     return ExportResult(
-        folder, digest, parity_db, stages.seconds, wanted, tuple(stages.reused), refined.quality, refined.coreml
-    )
+        folder, digest, parity_db, stages.seconds, wanted, tuple(stages.reused), refined.quality, refined.coreml,
+        dict(stages.places) if work is not None else {},
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from latentrelay.export.errors import ExportError
 from latentrelay.export.light_decoder import decoder_spec
 from latentrelay.export.onnx_graphs import UNET_DATA, TextEncoderGraph, UNetGraph, decoder_graph, export_onnx
 from latentrelay.export.parity import Sample, check_components, check_step, collect_samples
-from latentrelay.export.precision_pass import PrecisionPass, Refined
+from latentrelay.export.precision_pass import COREML, PrecisionPass, Refined
 from latentrelay.export.reference_run import ReferenceRun, record_run
 from latentrelay.export.sample_file import load_samples, save_samples
 from latentrelay.export.selftest import write_selftest
@@ -66,6 +66,7 @@ class BundleJob:
         refined = PrecisionPass(
             source=self.source,
             cloud=self.cloud,
+            vae=self.vae,
             plan=self.plan,
             profile=self.profile,
             latent=(self.plan_channels, self.rows, self.columns),
@@ -81,6 +82,8 @@ class BundleJob:
             refined.plan.save(folder)
             for component, stage in refined.graphs.items():
                 place_files(stage, folder / component)
+            if refined.packages is not None:
+                place_files(refined.packages / COREML, folder / COREML)
         with self.stages.timed("step_graphs", "merging the step graph"):
             write_step(refined.plan, folder / PATHS["step_full"], self._example(), self._opset)
         with self.stages.timed("parity", "comparing the step graph"):

@@ -41,16 +41,22 @@ class TorchDenoiser:
 class OnnxDenoiser:
     """`unet/model.onnx` in the session that a bundle's manifest asks for, as far as this machine has it.
 
-    `latent`: channels, rows, columns; `states`: tokens, width. Raises SessionError.
+    `latent`: channels, rows, columns; `states`: tokens, width; `threads`: torch's number if not given. Raises
+    SessionError.
     """
 
     def __init__(
-        self, path: Path, table: SolverTable, spec: BackendSpec, latent: Sequence[int], states: Sequence[int]
+        self,
+        path: Path,
+        table: SolverTable,
+        spec: BackendSpec,
+        latent: Sequence[int],
+        states: Sequence[int],
+        threads: int | None = None,
     ) -> None:
         self._table = table
-        self._graph = open_backend(spec, providers=None, threads=torch.get_num_threads()).load(
-            path, unet_component(path.name, latent, states)
-        )
+        backend = open_backend(spec, threads=torch.get_num_threads() if threads is None else threads)
+        self._graph = backend.load(path, unet_component(path.name, latent, states))
 
     @property
     def providers(self) -> tuple[str, ...]:

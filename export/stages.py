@@ -28,12 +28,14 @@ Progress = Callable[[str], None]
 
 @dataclass
 class StageStore:
-    """The stages of one work folder; `seconds` by stage of those that were run, `reused` the names of the others."""
+    """The stages of one work folder; `seconds` by stage of those that were run, `reused` the names of the others,
+    `places` the folder of each."""
 
     folder: Path
     progress: Progress = lambda words: None
     seconds: dict[str, float] = field(default_factory=dict)
     reused: list[str] = field(default_factory=list)
+    places: dict[str, Path] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def timed(self, name: str, words: str) -> Iterator[None]:
@@ -47,6 +49,7 @@ class StageStore:
         """The stage's folder, written by `write(folder)` unless it is there. Whatever `write` raises passes through."""
         digest = json_digest(_plain(inputs))
         place = self.folder / f"{name}-{digest.removeprefix('sha256:')[:16]}"
+        self.places[name] = place
         if _whole(place, digest):
             self.progress(f"{words}: unchanged")
             self.reused.append(name)

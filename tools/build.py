@@ -9,7 +9,8 @@ from typing import Any
 
 from latentrelay.device_profiles import DeviceProfile, load_profile
 from latentrelay.runtime.errors import RequestError
-from latentrelay.runtime.samplers import sampler_reason
+from latentrelay.runtime.manifest import CoreMLPackage
+from latentrelay.runtime.samplers import sampler_for, sampler_reason
 from latentrelay.tools.console import counting, emit, err, extra, printable, table
 from latentrelay.tools.models import (
     FEW_STEP,
@@ -22,6 +23,8 @@ from latentrelay.tools.models import (
     public_name,
     resolve,
 )
+
+_SEED = 4  # of the reference's calibration captions
 
 
 def run(
@@ -45,8 +48,14 @@ def run(
     light_vae: str = "auto",
     data: Path | None = None,
     steps: int | None = None,
+    precision: str = "auto",
+    prompts: Path | None = None,
+    work: Path | None = None,
 ) -> None:
     """Build and print.
+
+    `precision`: of the device's U-Net; "auto" is the profile's own. `prompts`: a file, one a line, to calibrate on.
+    `work`: where stages are kept for the next build, OUTPUT.work if not given.
 
     `student`: a released name or a folder whose U-Net runs the device's steps, "none" for the source's own, or "auto":
     on the reference the student released for the profile's class (with its consistency adapters for few steps), on any
@@ -72,6 +81,8 @@ def run(
         reason = sampler_reason(type(source.pipeline.scheduler).__name__)
         if sampler is None and reason is not None:
             err.print(f"[yellow]sampler:[/] {reason}")
+        chosen = _precision(precision, profile, sampler or own_sampler(source))
+        place = work or output.with_name(output.name + ".work")
         result = export(
             source,
             profile,
@@ -84,23 +95,82 @@ def run(
             few_step=few_step,
             progress=lambda words: advance(words, 1),
             overwrite=overwrite,
+            precision=chosen,
+            calibration=calibration(model, prompts),
+            work=place,
             **parts,
         )
     document: dict[str, Any] = {
         "bundle": str(result.bundle),
         "digest": result.digest,
         "device": profile.name,
+        "precision": result.precision,
         "parity_db": dict(result.parity_db),
         "seconds": dict(result.seconds),
+        "reused": list(result.reused),
+        "work": str(place),
+        "quality": dict(result.quality),
+        "coreml": coreml_document(result.coreml),
     }
     rows = [[name, f"{value:.1f} dB"] for name, value in result.parity_db.items()]
     rows += [[f"{name} (time)", f"{value:.1f} s"] for name, value in result.seconds.items()]
 
     def show(console: Any) -> None:
         console.print(table(["component against torch", "SNR"], rows))
-        console.print(f"bundle: [bold]{printable(result.bundle)}[/]\ndigest: {result.digest}")
+        console.print(f"bundle: [bold]{printable(result.bundle)}[/] ({result.precision})\ndigest: {result.digest}")
+        console.print(f"stages: {printable(place)}; the next build takes them over, and it may be removed")
 
     emit(document, as_json, show)
+
+
+def _precision(asked: str, profile: DeviceProfile, sampler: str) -> str:
+    """The precision to build in. A few-step run has no calibration yet, so there "auto" leaves activations float."""
+    if asked != "auto":
+        return asked
+    target = profile.target_precision
+    if sampler == "lcm" and target.endswith("a8"):
+        err.print(f"[yellow]precision:[/] {target[:2]}a16, not {target}: few-step runs are not calibrated yet")
+        return f"{target[:2]}a16"
+    return target
+
+
+def calibration(model: str, prompts: Path | None) -> Any:
+    """Captions of the reference's own splits, a file's lines, or plain prompts."""
+    from latentrelay.export.calibration import Calibration, default_calibration, split_prompts
+
+    if prompts is not None:
+        try:
+            lines = prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"the prompts cannot be read: {error}", got=str(prompts)) from error
+        return split_prompts(tuple(line.strip() for line in lines if line.strip()))
+    if model not in OURS:
+        return default_calibration()
+    from latentrelay.reference.captions import sample_captions
+
+    fit = dict.fromkeys(caption.text for _, caption in sample_captions("calibrate", 48, _SEED))
+    held_out = dict.fromkeys(caption.text for _, caption in sample_captions("gate", 24, _SEED))
+    return Calibration(tuple(fit), tuple(text for text in held_out if text not in fit))
+
+
+def coreml_document(packages: Sequence[CoreMLPackage]) -> dict[str, Any]:
+    """{component: {"path", "bytes", "precision", "parity_db"}}; a component in several parts has lists of paths."""
+    document: dict[str, Any] = {}
+    for package in sorted(packages, key=lambda each: (each.role, each.part)):
+        entry = document.setdefault(
+            package.role, {"path": [], "bytes": 0, "precision": package.precision, "parity_db": package.parity_db}
+        )
+        entry["path"].append(package.path)
+        entry["bytes"] += package.bytes
+    for entry in document.values():
+        if len(entry["path"]) == 1:
+            entry["path"] = entry["path"][0]
+    return document
+
+
+def own_sampler(source: Any) -> str:
+    """The sampler that a source is built with unless told otherwise."""
+    return sampler_for(type(source.pipeline.scheduler).__name__)
 
 
 def _for_device(

@@ -255,6 +255,15 @@ def build(
     steps: Annotated[int | None, typer.Option(min=0, help="Distillation steps of that compression.")] = None,
     lora: Annotated[list[str] | None, typer.Option(help="Adapters merged into the model: FILE or FILE:SCALE.")] = None,
     few_step: Annotated[bool, typer.Option(help="The model was distilled to latent consistency.")] = False,
+    precision: Annotated[
+        str, typer.Option(help="Of the device's U-Net: fp32, fp16, w8a16, w8a8, w4a16, w4a8; auto is the profile's.")
+    ] = "auto",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts to calibrate on, one a line; plain ones if not given.")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Stages that the next build takes over; OUTPUT.work if not given.")
+    ] = None,
     profiles: ProfileFolder = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a bundle that is there.")] = False,
     as_json: Json = False,
@@ -286,6 +295,9 @@ def build(
         profiles=profiles,
         overwrite=overwrite,
         as_json=as_json,
+        precision=precision,
+        prompts=prompts,
+        work=work,
     )
 
 

@@ -22,10 +22,12 @@ def folder(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folder_nobody_prepared(folder: Path, command: Run, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    done = command("build", "-m", folder, "-d", "pixel-8", "-o", bundle, "--num-steps", 4, "--json")
+    precision = ("--precision", "fp32")
+    done = command("build", "-m", folder, "-d", "pixel-8", "-o", bundle, "--num-steps", 4, *precision, "--json")
     assert done.status == 0, done.err
     document = done.json
     assert document["bundle"] == str(bundle)
+    assert document["precision"] == "fp32"
     assert {"text_encoder", "unet", "step_full", "vae_decoder"} <= set(document["parity_db"])
     assert min(document["parity_db"].values()) >= 50.0
     assert all(value >= 0 for value in document["seconds"].values())
