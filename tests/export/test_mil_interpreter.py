@@ -312,10 +312,9 @@ CASES: dict[str, Case] = {
 
 
 def packaged(inputs: dict[str, np.ndarray], build: Callable[..., Any], folder: Path) -> MilProgram:
-    """The expression as a saved iOS 18 package, no optimisation in between, and read back."""
+    """The expression (or a tuple of them) as a saved iOS 18 package, no optimisation in between, and read back."""
     specs = [mb.TensorSpec(shape=array.shape) for array in inputs.values()]
-    # mb.program reads the function's argument names; a plain lambda over *args has none
-    names = ", ".join(inputs)
+    names = ", ".join(inputs)  # mb.program reads the names off the function's signature
     function = eval(f"lambda {names}: build({names})", {"build": build})
     with quiet():
         program = mb.program(input_specs=specs, opset_version=coremltools.target.iOS18)(function)
@@ -329,15 +328,29 @@ def packaged(inputs: dict[str, np.ndarray], build: Callable[..., Any], folder: P
     return MilProgram(folder / "case.mlpackage")
 
 
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """Every case's result, out of one program that holds them all."""
+    inputs = {f"case{i}_{name}": array for i, case in enumerate(CASES.values()) for name, array in case[0].items()}
+
+    def build(*values: Any) -> Any:
+        left, results = list(values), []
+        for given, expression, _ in CASES.values():
+            results.append(expression(*(left.pop(0) for _ in given)))
+        return tuple(results)
+
+    program = packaged(inputs, build, tmp_path_factory.mktemp("operators"))
+    assert {op.op_type for op in program.operations} == set(OPERATORS)
+    outputs = program(inputs)
+    return dict(zip(CASES, (outputs[name] for name in program.outputs), strict=True))
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_operator_equals_torch(name: str, tmp_path: Path) -> None:
-    inputs, build, expected = CASES[name]
-    program = packaged(inputs, build, tmp_path)
-    assert name.split("/")[0] in {op.op_type for op in program.operations}
-    (got,) = program(inputs).values()
+def test_operator_equals_torch(name: str, computed: dict[str, np.ndarray]) -> None:
+    inputs, _, expected = CASES[name]
     wanted = expected(*(torch.from_numpy(array) for array in inputs.values())).numpy()
-    assert got.shape == wanted.shape
-    np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-6)
+    assert computed[name].shape == wanted.shape
+    np.testing.assert_allclose(computed[name], wanted, rtol=2e-5, atol=2e-6)
 
 
 def test_every_operator_has_a_case() -> None:
