@@ -74,13 +74,13 @@ class Network:
 
 def write_geometry(folder: Path, name: str) -> None:
     """Write the network of a geometry with random weights, drawn from SEED. Raises RequestError."""
+    if name not in GEOMETRIES:
+        raise RequestError("no such geometry", got=name, expected=" | ".join(GEOMETRIES))
     import torch
     from diffusers import DPMSolverMultistepScheduler
     from latentrelay.compress.geometry import sd14
     from latentrelay.runtime.samplers import sampler_rule
 
-    if name not in GEOMETRIES:
-        raise RequestError("no such geometry", got=name, expected=" | ".join(GEOMETRIES))
     torch.manual_seed(SEED)
     scheduler = DPMSolverMultistepScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,

@@ -28,8 +28,9 @@ def run(
     wire_dtype: str,
     fallback: bool,
     as_json: bool,
+    backend: str | None = None,
 ) -> None:
-    """Verify the bundle, make the picture, write it, print what happened."""
+    """Verify the bundle, make the picture, write it, print what happened. `backend` stands for the bundle's own."""
     if wire_dtype not in WIRE_DTYPES:
         raise RequestError("unknown wire dtype", got=wire_dtype, expected=" or ".join(WIRE_DTYPES))
     if not output.absolute().parent.is_dir():
@@ -40,7 +41,7 @@ def run(
     steps = opened.manifest.schedule.num_steps
     with (
         CloudClient(cloud, token=token) if cloud else nullcontext() as client,
-        Session(opened) as session,
+        Session(opened, backend=backend) as session,
         counting("generating", steps) as advance,
     ):
         for words, text in (("prompt", prompt), ("negative prompt", negative_prompt)):
@@ -63,6 +64,7 @@ def run(
             fallback=fallback,
             wire_dtype=wire_dtype,
         )
+        ran = {name: list(each) for name, each in session.providers_by_component.items()}
     result.save_png(output)
     document: dict[str, Any] = {
         "image": str(output),
@@ -71,6 +73,7 @@ def run(
         "handoff_bytes": result.handoff_bytes,
         "ms": {name: round(value, 2) for name, value in result.ms.items()},
         "providers": list(result.providers),
+        "providers_by_component": ran,
         "seed": result.seed,
         "guidance": result.guidance,
         "bundle_digest": result.digest,

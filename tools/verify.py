@@ -16,15 +16,18 @@ class SelftestFailedError(LatentRelayError):
     exit_status = REFUSED
 
 
-def run(path: Path, *, selftest: bool, as_json: bool) -> None:
-    """Raises BundleError or SelftestFailedError (both exit status 3)."""
+def run(path: Path, *, selftest: bool, as_json: bool, backend: str | None = None) -> None:
+    """Raises BundleError or SelftestFailedError (both exit status 3). `backend` stands for the bundle's own."""
     bundle = Bundle.open(path)
     document: dict[str, Any] = {"ok": True, "digest": bundle.digest, "files": len(bundle.files)}
     rows = [[entry.path, f"{entry.bytes:,}", entry.sha256[:16]] for entry in bundle.files]
     if selftest:
-        with Session(bundle) as session:
+        with Session(bundle, backend=backend) as session:
             report = session.selftest()
             providers = session.providers_used
+            document["providers_by_component"] = {
+                name: list(each) for name, each in session.providers_by_component.items()
+            }
         if not report.ok:
             name, worst = report.worst
             raise SelftestFailedError(
@@ -39,6 +42,7 @@ def run(path: Path, *, selftest: bool, as_json: bool) -> None:
         console.print(table(["file", "bytes", "sha256"], rows))
         console.print(f"[green]intact[/]: {len(rows)} files, {bundle.digest}")
         for name, value in document.get("selftest_db", {}).items():
-            console.print(f"self-test {name}: {value:.1f} dB")
+            ran = ", ".join(document["providers_by_component"].get(name, ()))
+            console.print(f"self-test {name}: {value:.1f} dB ({ran})")
 
     emit(document, as_json, show)
