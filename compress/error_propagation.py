@@ -62,7 +62,7 @@ def final_gains(table: SolverTable, jacobian: Sequence[float] | Doubles) -> Doub
 
 
 def propagate(table: SolverTable, errors: NDArray[Any], jacobian: Sequence[float] | Doubles) -> Doubles:
-    """The recursion: errors (N, ...) of e -> (N+1, ...), what the latents are off by before each step and at the end."""
+    """The recursion: errors (N, ...) of e -> (N+1, ...), how far the latents are off before each step and last."""
     _check(table, jacobian)
     displaced, memory = np.zeros((len(table.rows) + 1, *errors.shape[1:])), np.zeros(errors.shape[1:])
     for step, row in enumerate(table.rows):
