@@ -76,16 +76,14 @@ class StageStore:
 
 
 def place_files(stage: Path, target: Path) -> None:
-    """Put a stage's files (its record aside) into `target`, as hard links where the file system allows it."""
+    """Copy a stage's files (its record aside) into `target`. Not as hard links: ONNX tools refuse weights with two names
+    as an attack, and a bundle that is edited would edit the stage."""
     for path in sorted(stage.rglob("*")):
         if path.is_dir() or path == stage / RECORD:
             continue
         goal = target / path.relative_to(stage)
         goal.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path, goal)
-        except OSError:
-            shutil.copyfile(path, goal)
+        shutil.copyfile(path, goal)
 
 
 def stage_digest(stage: Path) -> str:

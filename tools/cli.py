@@ -36,6 +36,7 @@ Model = Annotated[
     typer.Option("--model", "-m", help="'reference', 'reference-few-step', a hub id, a folder or a .safetensors file."),
 ]
 ProfileFolder = Annotated[Path | None, typer.Option("--profiles", help="A folder of your own device profiles.")]
+Backend = Annotated[str | None, typer.Option(help="onnxruntime, openvino or coreml, in the place of the bundle's own.")]
 NumSteps = Annotated[int, typer.Option("--num-steps", min=1, max=1000, help="N, the steps of the whole run.")]
 
 
@@ -354,6 +355,7 @@ def generate(
     token: Annotated[str | None, typer.Option(envvar="LATENTRELAY_TOKEN", help="The cloud's bearer token.")] = None,
     wire_dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     fallback: Annotated[bool, typer.Option(help="Run all steps here if the cloud is out of reach.")] = True,
+    backend: Backend = None,
     as_json: Json = False,
 ) -> None:
     """Make a picture with a bundle, alone or with a cloud. Needs the base install only."""
@@ -372,6 +374,7 @@ def generate(
         wire_dtype=wire_dtype,
         fallback=fallback,
         as_json=as_json,
+        backend=backend,
     )
 
 
@@ -379,12 +382,52 @@ def generate(
 def verify(
     bundle: Path,
     selftest: Annotated[bool, typer.Option(help="Also run the bundle's sample inputs through this machine.")] = False,
+    backend: Backend = None,
     as_json: Json = False,
 ) -> None:
     """Check every file of a bundle against its manifest; exit status 3 if anything differs."""
     from latentrelay.tools import verify
 
-    verify.run(bundle, selftest=selftest, as_json=as_json)
+    verify.run(bundle, selftest=selftest, as_json=as_json, backend=backend)
+
+
+@app.command()
+def bench(
+    geometry: Annotated[
+        str | None, typer.Option(help="hybrid-sd-224m (the default), sd14 or tiny, with random weights.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Instead: 'reference', a hub id, a folder or a file.")
+    ] = None,
+    student: Annotated[
+        Path | None, typer.Option(help="With --model: a student's folder, in the U-Net's place.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", "-b", help="Instead: a bundle's step graph in the runtime's backends.")
+    ] = None,
+    rows: Annotated[list[str] | None, typer.Option("--row", help="Only this row; give it several times.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of every row; all cores if not given.")] = None,
+    rounds: Annotated[int, typer.Option(help="5 or more; each runs every row once.")] = 7,
+    work: Annotated[Path | None, typer.Option(help="Keep the graphs here for another run; figures never are.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON object here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time one guided step here against torch, Optimum, OpenVINO and NNCF: the same network, interleaved in one run."""
+    from latentrelay.tools import bench
+
+    status = bench.run(
+        geometry=geometry,
+        model=model,
+        student=student,
+        bundle=bundle,
+        rows=rows or [],
+        threads=threads,
+        rounds=rounds,
+        work=work,
+        output=output,
+        as_json=as_json,
+    )
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -414,12 +457,21 @@ def evaluate(
     decoder: Annotated[
         str | None, typer.Option(help="The device's decoder: for --sweep light or source, or a light VAE's folder.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="For --sweep: the folder.")] = Path("runs/sweep"),
+    precision: Annotated[
+        str | None, typer.Option(help="Precisions of the device's U-Net side by side, instead: all, or 'w8a8,w4a8'.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", "-d", help="For --precision: a profile; this machine's if not given.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="For --sweep and --precision: the folder, runs/sweep or runs/precision."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score a model's pictures of held-out Scenes captions with the judge; with --sweep, of its hybrid runs."""
-    if sweep + vae + few_step > 1:
-        raise typer.BadParameter("--sweep, --vae and --few-step are evaluations of their own; ask for one")
+    if sweep + vae + few_step + (precision is not None) > 1:
+        raise typer.BadParameter("--sweep, --vae, --few-step and --precision are evaluations of their own; ask for one")
     if few_step:
         from latentrelay.tools import evaluate_few_step
 
@@ -431,6 +483,31 @@ def evaluate(
             captions, seed, student=name, folder=None, adapters=None, data_split=split, as_json=as_json
         )
         return
+    if precision is not None:
+        unused = {
+            "--lora": lora, "--decoder": decoder, "--sheet": sheet, "--held-out": held_out, "--guidance": guidance,
+        }  # fmt: skip
+        _refuse(unused, "--precision")
+        if model != "reference" or len(student or ()) > 1 or (splits or "0").count(","):
+            raise typer.BadParameter(
+                "--precision takes the reference, at most one --student, and one number as --splits"
+            )
+        from latentrelay.tools import evaluate_precision
+
+        evaluate_precision.run(
+            precision,
+            captions,
+            seed,
+            device=device,
+            student=student[0] if student else None,
+            split=_whole(splits, "--splits", 8),
+            num_steps=num_steps,
+            data_split=split,
+            output=output or Path("runs/precision"),
+            as_json=as_json,
+        )
+        return
+    _refuse({"--device": device}, "evaluate without --precision")
     if sweep or vae:
         _refuse({"--lora": lora}, "--sweep and --vae")
     if sweep:
@@ -443,7 +520,7 @@ def evaluate(
             students=student or (),
             splits=splits,
             decoder=decoder,
-            output=output,
+            output=output or Path("runs/sweep"),
             num_steps=num_steps,
             guidance=guidance,
             data_split=split,
@@ -494,6 +571,15 @@ def _refuse(options: dict[str, Any], beside: str) -> None:
     given = [name for name, value in options.items() if value]
     if given:
         raise typer.BadParameter(f"{', '.join(given)}: no use beside {beside}; leave out one or the other")
+
+
+def _whole(words: str | None, option: str, default: int) -> int:
+    """A whole number given as text."""
+    if words is None:
+        return default
+    if not (words.strip().isascii() and words.strip().isdecimal()):
+        raise typer.BadParameter(f"{option} is {words!r}, expected one whole number here")
+    return int(words)
 
 
 @app.callback(invoke_without_command=True)
