@@ -1,9 +1,11 @@
 """How much each layer's quantisation moves the output: one layer quantised at a time, in the deployed session.
 
-In: a `PrecisionRecipe`, a `Deploy` that turns any recipe into a running network, and float runs to hold it against.
-Out: one `LayerSensitivity` a layer: the error energy that the layer alone adds to the guided noise prediction. One at a
-time and not all but one: with all others float the error is the layer's own and stands far above rounding noise, and
-the sums of single errors predict the whole (they are nearly independent); a difference of two large errors does not.
+In: a `PrecisionRecipe`, a `Deploy` that turns any recipe into a running network, and how its error is measured. Out:
+one `LayerSensitivity` a layer: the error energy that the layer alone adds. One at a time and not all but one: with all
+others float the error is the layer's own and stands far above rounding noise, and the sums of single errors predict the
+whole (they are nearly independent); a difference of two large errors does not. Two measures: `output_error` of the
+guided noise prediction on a float run's own latents, and `final_error` of whole runs, where steps weigh what they do to
+the result; a scalar model of that propagation gives all the weight to the last step, so the run itself is the measure.
 """
 
 from __future__ import annotations
@@ -12,27 +14,16 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from latentrelay.compress.denoising_chain import Denoiser, Floats, guided
+from latentrelay.compress.denoising_chain import Denoiser, Floats, chain, final_latents, guided
 from latentrelay.compress.errors import PrecisionError
 from latentrelay.compress.precision import LayerRule, PrecisionRecipe
+from latentrelay.compress.solver_tables import SolverTable
+from latentrelay.compress.trajectory import Trajectory
 
 FLOAT = LayerRule()
-
-
-class Trajectory(Protocol):
-    """What is read of a recorded run (see trajectory.py)."""
-
-    @property
-    def prompt_embeds(self) -> Floats:
-        """(2, T, D) float32."""
-        ...
-
-    def __iter__(self) -> Any:
-        """(step, latents (1, C, h, w), the float noise prediction (2, C, h, w))."""
-        ...
 
 
 class Deploy(Protocol):
@@ -55,7 +46,7 @@ class ForcedSample:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """`error`: energy that the layer's quantisation adds, as a share of the guided noise prediction's."""
+    """`error`: energy that the layer's quantisation adds, as a share of the signal's (noise prediction or latents)."""
 
     name: str
     error: float
@@ -82,8 +73,8 @@ def output_error(
     guidance: float,
     step_weights: Mapping[int, float] | None = None,
 ) -> float:
-    """Error energy of the guided noise prediction over its own energy; steps count by `step_weights` (1 by default),
-    which is where the propagation of an error to the final latents comes in. Raises PrecisionError without samples."""
+    """Error energy of the guided noise prediction over its own energy; steps count by `step_weights` (1 by
+    default). Raises PrecisionError without samples."""
     if not samples:
         raise PrecisionError("sensitivity needs samples", got="none", expected="steps of recorded runs")
     signal = error = 0.0
@@ -96,6 +87,20 @@ def output_error(
     return error / max(signal, 1e-300)
 
 
+def final_error(denoiser: Denoiser, runs: Iterable[Trajectory], table: SolverTable, guidance: float) -> float:
+    """Error energy of the final latents over their own energy, each run chained from where the float one began.
+    Raises PrecisionError without runs, TrajectoryError where a run stops being numbers."""
+    signal = error = 0.0
+    for run in runs:
+        got = final_latents(chain(denoiser, table, run.start, guidance), run.start)
+        want = run.latents[-1].astype(np.float64)
+        signal += float(np.sum(want**2))
+        error += float(np.sum((got - want) ** 2))
+    if signal == 0.0:
+        raise PrecisionError("sensitivity needs runs", got="none", expected="recorded runs")
+    return error / signal
+
+
 def alone(recipe: PrecisionRecipe, names: Collection[str]) -> PrecisionRecipe:
     """The recipe with every layer float but those named."""
     rules = {name: rule if name in names else FLOAT for name, rule in recipe.rules.items()}
@@ -105,21 +110,18 @@ def alone(recipe: PrecisionRecipe, names: Collection[str]) -> PrecisionRecipe:
 def layer_sensitivities(
     recipe: PrecisionRecipe,
     deploy: Deploy,
-    samples: Sequence[ForcedSample],
-    guidance: float,
-    *,
-    step_weights: Mapping[int, float] | None = None,
+    measure: Callable[[Denoiser], float],
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[LayerSensitivity, ...]:
     """One entry a quantised layer, the worst first; layers that the recipe keeps in float have none.
 
-    One deployment a layer: seconds each on small networks. progress(done, all).
+    `measure`: `output_error` or `final_error` with all but the denoiser filled in. One deployment a layer: seconds
+    each on small networks. progress(done, all).
     """
     quantised = [name for name, rule in recipe.rules.items() if rule.weights != "float32" or rule.integer]
     found = []
     for i, name in enumerate(quantised):
-        error = output_error(deploy(alone(recipe, (name,))), samples, guidance, step_weights)
-        found.append(LayerSensitivity(name, error))
+        found.append(LayerSensitivity(name, measure(deploy(alone(recipe, (name,))))))
         if progress is not None:
             progress(i + 1, len(quantised))
     return tuple(sorted(found, key=lambda each: -each.error))

@@ -1,7 +1,7 @@
 """Sensitivities with a known error, the choice under a budget by hand, the front, and its plot."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from latentrelay.compress.layer_sensitivity import (
     ForcedSample,
     LayerSensitivity,
     alone,
+    final_error,
     forced_samples,
     layer_sensitivities,
     output_error,
@@ -18,6 +19,8 @@ from latentrelay.compress.layer_sensitivity import (
 from latentrelay.compress.precision import Layer, recipe_for
 from latentrelay.compress.precision_plot import save_pareto
 from latentrelay.compress.recipe_choice import Budget, ParetoPoint, pareto_front, raised, spare_worst, weight_bytes
+from latentrelay.compress.solver_tables import SolverRow, SolverTable
+from latentrelay.compress.trajectory import Trajectory
 
 LAYERS = (
     Layer("conv_in", "conv", (8, 4, 3, 3), 500, "first"),
@@ -30,14 +33,11 @@ NOISE = {"a": 0.1, "b": 0.3, "c": 0.2, "conv_in": 0.0}
 RNG = np.random.default_rng(0)
 
 
-@dataclass
-class Runs:
-    prompt_embeds: np.ndarray
-    steps: int = 4
-
-    def __iter__(self):
-        for step in range(self.steps):
-            yield step, np.full((1, 1, 2, 2), step, np.float32), np.full((2, 1, 2, 2), 1.0, np.float32)
+def recorded(split: int = 0) -> Trajectory:
+    """Four steps of x' = x - 0.5 e with e = 1 throughout, from x = 3."""
+    latents = np.stack([np.full((1, 1, 2, 2), 3.0 - 0.5 * i, np.float32) for i in range(5)])
+    noise_pred = np.ones((4, 2, 1, 2, 2), np.float32)
+    return Trajectory("p", 0, split, np.zeros((2, 3, 4), np.float32), None, latents[split:], noise_pred[split:])
 
 
 def deploy(recipe):
@@ -51,12 +51,17 @@ def deploy(recipe):
     return denoiser
 
 
-SAMPLES = forced_samples([Runs(np.zeros((2, 3, 4), np.float32))], every=1)
+TABLE = SolverTable((SolverRow(1.0, -0.5, 0.0, 0.0, 1.0, -0.5, 1.0),) * 4, (9, 6, 3, 0), 1.0)
+SAMPLES = forced_samples([recorded()], every=1)
+
+
+def measure(denoiser):
+    return output_error(denoiser, SAMPLES, 4.0)
 
 
 def test_each_layer_alone_worst_first():
     seen = []
-    found = layer_sensitivities(RECIPE, deploy, SAMPLES, 4.0, progress=lambda done, every: seen.append((done, every)))
+    found = layer_sensitivities(RECIPE, deploy, measure, progress=lambda done, every: seen.append((done, every)))
     assert [each.name for each in found] == ["b", "c", "a", "conv_in"]
     assert [each.error for each in found[:3]] == pytest.approx([0.09, 0.04, 0.01], rel=1e-5)
     assert found[2].snr_db == pytest.approx(20.0, abs=1e-4)
@@ -77,13 +82,23 @@ def test_error_is_of_the_guided_prediction_and_steps_are_weighted():
         output_error(deploy(RECIPE), [], 4.0)
 
 
+def test_final_error_is_of_the_whole_run():
+    found = layer_sensitivities(RECIPE, deploy, lambda denoiser: final_error(denoiser, [recorded()], TABLE, 4.0))
+    # e is off by 0.3 at each of four steps of b = -0.5: 0.6 off at the end, where the latents are 1
+    assert (found[0].name, found[0].error) == ("b", pytest.approx(0.36, rel=1e-5))
+    half = final_error(deploy(RECIPE), [recorded(split=2)], TABLE, 4.0)
+    assert half == pytest.approx(0.14 * (2 * 0.5) ** 2, rel=1e-5)
+    with pytest.raises(PrecisionError, match="needs runs"):
+        final_error(deploy(RECIPE), [], TABLE, 4.0)
+
+
 def test_samples_reach_every_step():
-    samples = forced_samples([Runs(np.zeros((2, 3, 4), np.float32))] * 4, every=4)
+    samples = forced_samples([recorded()] * 4, every=4)
     assert [sample.step for sample in samples] == [0, 1, 2, 3]
 
 
 def test_choice_by_hand():
-    found = layer_sensitivities(RECIPE, deploy, SAMPLES, 4.0)
+    found = layer_sensitivities(RECIPE, deploy, measure)
     # float share: conv_in's 500 of 8000 are spent by the recipe already, so 0.13 leaves 540: c fits, a does not.
     chosen = spare_worst(RECIPE, LAYERS, found, Budget(3000, 1.0, 0.13), ms_per_mac=1e-4)
     assert chosen.rules["b"].weights == "int8"  # 64*64/2 more bytes less nothing: stays integer
