@@ -46,6 +46,7 @@ from latentrelay.runtime.strict_json import parse_record, record_to_json
 
 _GRAPH, _RANGES, _COUNT, _PACKAGES = "model.onnx", "ranges.json", "kernels.json", "packages.json"
 COREML = "coreml"
+_METRIC = "held-out error of the final latents over their peak, 10^(-PSNR/20)"
 TEXT_PRECISION = {"fp16": "fp16", **dict.fromkeys(("w8a16", "w8a8", "w4a16", "w4a8"), "w8a16")}
 _RANGE_RUNS = 8  # recorded runs that ranges and Gram matrices are taken from; each has every step of its part
 
@@ -213,7 +214,7 @@ class PrecisionPass:
         stage = self.stages.made("compensation", "fitting the compensation", inputs, write)
         found = load_outcome(stage)
         evidence = tuple(
-            Evidence(f"compensation: {name}", found.without_db, score, verdict, "held-out final-latent PSNR, dB")
+            Evidence(f"compensation: {name}", _relative(found.without_db), _relative(score), verdict, _METRIC)
             for name, score, verdict in found.verdicts
         )
         own = dataclasses.replace(own, corrections=(*own.corrections, *evidence))
@@ -297,6 +298,11 @@ class PrecisionPass:
         width = self.source.pipeline.text_encoder.config.hidden_size
         spec = backend_spec(self.profile)
         return OnnxDenoiser(unet / _GRAPH, self.plan.recipe.solver_table, spec, self.latent, (tokens, width))
+
+
+def _relative(psnr_db: float) -> float:
+    """Decibels as an error: root mean square over the peak."""
+    return round(float(10 ** (-psnr_db / 20)), 6)
 
 
 def stable(document: Mapping[str, Any]) -> str:
