@@ -76,8 +76,8 @@ class StageStore:
 
 
 def place_files(stage: Path, target: Path) -> None:
-    """Copy a stage's files (its record aside) into `target`. Not as hard links: ONNX tools refuse weights with two names
-    as an attack, and a bundle that is edited would edit the stage."""
+    """Copy a stage's files (its record aside) into `target`. Not as hard links: ONNX tools refuse weights with two
+    names as an attack, and a bundle that is edited would edit the stage."""
     for path in sorted(stage.rglob("*")):
         if path.is_dir() or path == stage / RECORD:
             continue
