@@ -32,6 +32,7 @@ from latentrelay.tools.machine import read_machine
 from rich.console import Console
 
 MIN_ROUNDS = 5
+_SPARE_MIB = 512  # what stays free beside a row's weights, held twice while they are loaded
 PACKAGES = (
     "latentrelay", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "optimum", "optimum-onnx", "openvino",
     "nncf", "numpy",
@@ -97,12 +98,12 @@ def run(
 
 
 def choose(known: Sequence[Row], names: Sequence[str]) -> list[Row]:
-    """The rows asked for, in the table's order; all of them without names. Raises RequestError."""
+    """The rows asked for, in the table's order; without names all but those that want asking. Raises RequestError."""
     there = [row.name for row in known]
     for name in names:
         if name not in there:
             raise RequestError("no such row", got=name, expected=" | ".join(there))
-    return [row for row in known if not names or row.name in names]
+    return [row for row in known if (row.name in names if names else not row.asked_only)]
 
 
 class Prepared:
@@ -232,6 +233,10 @@ def _measure(
             if reason is not None or isinstance(folder, str):
                 reasons[row.name] = (reason or str(folder), reason is None)
                 continue
+            short = _short_of_memory(network)
+            if short is not None:
+                reasons[row.name] = (short, True)
+                continue
             say(f"loading {row.name}")
             if row.ours and row.library == "onnxruntime":
                 row = replace(row, settings=MEMORY_OPTIONS)  # as a bundle has them
@@ -246,6 +251,15 @@ def _measure(
     reasons |= {name: (words, True) for name, words in gone.items()}
     reference = _reference(network, loaded)
     return [_record(row, loaded.get(row.name), timed, reasons.get(row.name), reference, threads) for row in rows]
+
+
+def _short_of_memory(network: Network, meminfo: Path = Path("/proc/meminfo")) -> str | None:
+    """Why another row should not be loaded beside those that are: better to say so than to be ended by the system."""
+    if not meminfo.is_file():
+        return None
+    free = next(int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    need = _SPARE_MIB + 2 * network.parameters * 4 // 2**20
+    return None if free // 1024 >= need else f"not enough free memory: {free // 1024} MiB, expected {need} or more"
 
 
 def _reference(network: Network, loaded: Mapping[str, Loaded]) -> Any:

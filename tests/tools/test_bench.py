@@ -172,7 +172,8 @@ def test_a_row_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) ->
 def test_rows_are_chosen_by_name_in_the_tables_order() -> None:
     names = ["torch-eager-fp32", BASELINE]
     assert [row.name for row in bench.choose(ROWS, names[::-1])] == names
-    assert bench.choose(ROWS, []) == list(ROWS)
+    assert bench.choose(ROWS, []) == [row for row in ROWS if row.name != "latentrelay-openvino-fp32"]
+    assert [row.name for row in bench.choose(ROWS, ["latentrelay-openvino-fp32"])] == ["latentrelay-openvino-fp32"]
     with pytest.raises(RequestError, match="got optimum, expected torch-eager-fp32"):
         bench.choose(ROWS, ["optimum"])
 
@@ -189,6 +190,15 @@ def test_what_makes_no_sense_is_refused(change: dict[str, Any], words: str) -> N
     plain: dict[str, Any] = dict.fromkeys(("geometry", "model", "student", "bundle", "threads", "work", "output"))
     with pytest.raises(RequestError, match=words):
         bench.run(**{**plain, "rows": [], "rounds": 5, "as_json": True, **change})
+
+
+def test_a_row_is_not_loaded_where_memory_would_not_do(network: Network, tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text(f"MemTotal: 9999999 kB\nMemAvailable: {1024 * 517} kB\n")
+    words = bench._short_of_memory(network, tmp_path / "meminfo")  # 512 MiB and twice 3 MiB of weights
+    assert words == "not enough free memory: 517 MiB, expected 518 or more"
+    (tmp_path / "meminfo").write_text(f"MemAvailable: {1024 * 518} kB\n")
+    assert bench._short_of_memory(network, tmp_path / "meminfo") is None
+    assert bench._short_of_memory(network, tmp_path / "absent") is None
 
 
 def test_an_unknown_geometry_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 Run = Callable[..., Any]
-COMMANDS = ("build", "compress", "serve", "generate", "verify", "evaluate", "demo", "devices")
+COMMANDS = ("build", "compress", "serve", "generate", "verify", "evaluate", "bench", "demo", "devices")
 JSON_COMMANDS = (*COMMANDS[:-1], "devices list", "devices show", "devices validate")
 
 
