@@ -22,6 +22,7 @@ from latentrelay.compress.trajectory import Trajectories
 
 Progress = Callable[[str], None]
 TAIL_STEPS = (1, 2, 4)  # how many last steps are tried in closed loop
+RIVALS = ("ptqd", "gain")  # scored, never shipped
 LEAST_GAIN_DB = 0.1  # what a larger form must gain over a smaller one
 
 
@@ -124,8 +125,7 @@ def compensate(
     for base in bases:
         for name, candidate in _tails(candidates[base], base, fit_runs, held_out, denoiser, table, scores, say).items():
             candidates[name] = candidate
-    best = max(scores, key=lambda name: scores[name].mean)
-    best = _smallest_as_good(scores, candidates, best)
+    best = _choice(scores, candidates)
     return Outcome(candidates[best], best, scores, candidates)
 
 
@@ -155,10 +155,15 @@ def _tails(
     return found
 
 
-def _smallest_as_good(scores: Mapping[str, Score], candidates: Mapping[str, Compensation], best: str) -> str:
-    """The candidate with the fewest rows that is within LEAST_GAIN_DB of the best and better than none."""
-    for name in sorted(scores, key=lambda each: len(candidates[each].rows)):
-        gain = scores[name].mean - scores["none"].mean
-        if scores[best].mean - scores[name].mean < LEAST_GAIN_DB and (gain > 0.0 or name == "none"):
-            return name
-    return best
+def _choice(scores: Mapping[str, Score], candidates: Mapping[str, Compensation]) -> str:
+    """The best whose gain is above 0 with 95 % confidence, or one of fewer rows within LEAST_GAIN_DB of it; else none.
+
+    A run that lands on another picture moves the mean by decibels, so a mean alone would let chance ship. The rivals
+    are there to be compared with.
+    """
+    sound = [name for name in scores if name not in RIVALS and scores[name].over(scores["none"])[1] > 0.0]
+    if not sound:
+        return "none"
+    best = max(scores[name].mean for name in sound)
+    near = [name for name in sound if best - scores[name].mean < LEAST_GAIN_DB]
+    return min(near, key=lambda name: (len(candidates[name].rows), -scores[name].mean))

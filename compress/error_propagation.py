@@ -23,7 +23,6 @@ from latentrelay.compress.trajectory import Trajectories
 from numpy.typing import NDArray
 
 Doubles = NDArray[np.float64]
-_PROBE = 0.05  # rms of the displacement that J is measured with, in units of the latents' rms
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,21 +72,23 @@ def propagate(table: SolverTable, errors: NDArray[Any], jacobian: Sequence[float
     return displaced
 
 
-def fit_jacobian(runs: Trajectories, network: Denoiser, table: SolverTable, seed: int = 0) -> Doubles:
-    """(N,) per step the scalar that best says how guided e answers a small random displacement of the latents.
+def fit_jacobian(runs: Trajectories, network: Denoiser, deployed: Denoiser, table: SolverTable) -> Doubles:
+    """(N,) per step the scalar that best says how guided e answers a displacement of the latents.
 
-    `network` is the float one whose runs these are. Least squares over runs, one call a step and run; steps that no run
-    has take the next step's value.
+    `network` is the float one whose runs these are; the displacements are those that `deployed` really brings about,
+    because a network answers noise and what quantisation leaves behind differently. Least squares over runs, two calls
+    a step and run; steps without a displacement take the next step's value.
     """
-    rng, top, bottom = np.random.default_rng(seed), np.zeros(len(table.rows)), np.zeros(len(table.rows))
+    top, bottom = np.zeros(len(table.rows)), np.zeros(len(table.rows))
     for run in runs:
-        for step, latents, noise_pred in run:
-            size = _PROBE * float(np.sqrt(np.mean(np.square(latents))))
-            probe: Floats = (size * rng.standard_normal(latents.shape)).astype(np.float32)
-            moved: Floats = network(latents + probe, step, run.prompt_embeds) - noise_pred
-            answer = guided(moved, runs.identity.guidance)
-            top[step] += float(np.sum(probe * answer, dtype=np.float64))
-            bottom[step] += float(np.sum(probe * probe, dtype=np.float64))
+        steps = chain(deployed, table, run.start, runs.identity.guidance)
+        for (step, latents, noise_pred), done in zip(run, steps, strict=True):
+            moved: Floats = done.latents - latents
+            if not moved.any():
+                continue
+            answer: Floats = network(done.latents, step, run.prompt_embeds) - noise_pred
+            top[step] += float(np.sum(moved * guided(answer, runs.identity.guidance), dtype=np.float64))
+            bottom[step] += float(np.sum(moved * moved, dtype=np.float64))
     if not bottom.any():
         raise CompensationError("there is nothing to measure on", got="no runs", expected="recorded runs")
     found = np.where(bottom > 0.0, top / np.where(bottom > 0.0, bottom, 1.0), np.nan)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from latentrelay.compress.compensate import Compensation, fit, fit_closed_loop, measure, none
-from latentrelay.compress.compensation_gate import compensate, gate_rows, psnr_db, score
+from latentrelay.compress.compensation_gate import Score, _choice, compensate, gate_rows, psnr_db, score
 from latentrelay.compress.compensation_rows import branch_corrections, branch_tables
 from latentrelay.compress.denoising_chain import Start, chain, final_latents
 from latentrelay.compress.error_moments import Moments
@@ -246,3 +246,20 @@ def test_psnr_by_hand() -> None:
     assert psnr_db(reference, np.array([2.0, 0.2], np.float32)) == pytest.approx(10 * np.log10(4 / 0.02), abs=1e-4)
     assert psnr_db(reference, reference) == 200.0
     assert psnr_db(reference, np.array([np.nan, 0.0])) == -np.inf
+
+
+def test_chance_does_not_ship() -> None:
+    """One run in eight that gains 40 dB raises the mean by 5; seven that lose a little decide."""
+    table = make_table(True)
+    plain = none(IDENTITY, table.timesteps, C)
+    small = dataclasses.replace(plain, gain=np.ones((N, 2, C))).only([3])
+    large = dataclasses.replace(plain, gain=np.ones((N, 2, C)))
+    base = np.full(8, 30.0)
+    lucky, steady, better = base - 0.1, base + np.linspace(0.4, 0.6, 8), base + np.linspace(0.45, 0.65, 8)
+    lucky[0] += 40.0
+    scores = {"none": Score(base), "lucky": Score(lucky)}
+    candidates = {"none": plain, "lucky": large, "steady": small, "better": large, "ptqd": large}
+    assert _choice(scores, candidates) == "none"
+    assert _choice({**scores, "ptqd": Score(better)}, candidates) == "none"
+    assert _choice({**scores, "better": Score(better)}, candidates) == "better"
+    assert _choice({**scores, "better": Score(better), "steady": Score(steady)}, candidates) == "steady"  # fewer rows

@@ -163,7 +163,7 @@ def runs(tmp_path: Path) -> tuple[Trajectories, SolverTable]:
 
 def test_prediction_through_a_linear_network(runs: tuple[Trajectories, SolverTable], tmp_path: Path) -> None:
     recorded, table = runs
-    jacobian = fit_jacobian(recorded, network, table)
+    jacobian = fit_jacobian(recorded, network, deployed, table)
     np.testing.assert_allclose(jacobian, 1.0, rtol=1e-4)
     found = predict(recorded, deployed, table, jacobian)
     assert abs(found.bias_db) < 1.0  # its errors on other latents are other draws of the same noise
