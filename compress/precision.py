@@ -46,7 +46,7 @@ MEANING: Mapping[tuple[str, str], str] = {
     ("fp32", "openvino"): "Everything float32 in the file; the plug-in may compute in bf16 when it is told to.",
     ("fp16", "openvino"): "Weights stored in float16; computed in what the plug-in is told to (float32 or bf16).",
     ("w8a16", "openvino"): "Weights int8 per output channel, widened inside the kernels; computed in float32 or bf16.",
-    ("w8a8", "openvino"): "Convolutions and linears u8 x s8, static, quantised at their inputs only.",
+    ("w8a8", "openvino"): "Convolutions and linears u8 x s8, static, quantised at their inputs only; attention too.",
     ("w4a16", "openvino"): "Linears int4 in groups of 32, computed in float; convolutions int8, widened.",
     ("w4a8", "openvino"): "Linears int4 in groups of 32 with activations quantised as they come; convolutions u8 x s8.",
     ("fp32", "coreml"): "Everything float32; the Neural Engine is not used.",

@@ -9,7 +9,7 @@ layer and step. Nothing is clipped: on the reference, clipping by least squared 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ class ValueRange:
 
 @dataclass(frozen=True)
 class Ranges:
-    """`steps` seen, ascending; `inputs` and `outputs` by layer name, with one entry a step."""
+    """`steps` seen, ascending; `inputs` and `outputs` by layer name, with one entry a step. Where the graph spells
+    attention out, `outputs` has its weights too, under `<attention>/softmax`: 0, the highest, and it for the mean."""
 
     steps: tuple[int, ...]
     inputs: Mapping[str, ValueRange]
@@ -75,7 +76,9 @@ def record_ranges(unet_onnx: Path, samples: Iterable[tuple[int, Feeds]], *, thre
     watch = _Watch.on(model)
     session = _open(model, unet_onnx.parent, threads)
     seen = {value: _Seen() for value in watch.values}
-    for step, feeds in samples:
+    shaped = {value.name or "": value.shape for value in model.graph.inputs if value.shape is not None}
+    batched = {name for name, shape in shaped.items() if len(shape) and not isinstance(shape[0], int)}
+    for step, feeds in ((step, row) for step, feeds in samples for row in _rows(feeds, batched)):
         (table,) = session.run([_STATISTICS], dict(feeds))
         statistics = np.asarray(table, dtype=np.float64).reshape(len(watch.values), 3)
         for value, row in zip(watch.values, statistics, strict=True):
@@ -108,6 +111,16 @@ class _Seen:
         return ValueRange(lo, hi, rms)
 
 
+def _rows(feeds: Feeds, batched: Collection[str]) -> Iterator[Feeds]:
+    """One branch of the guidance after the other where the batch is dynamic: half the memory, the same extremes."""
+    names = [name for name in feeds if name in batched]
+    if not names:
+        yield feeds
+        return
+    for row in range(len(feeds[names[0]])):
+        yield {name: array[row : row + 1] if name in batched else array for name, array in feeds.items()}
+
+
 def _check_explosion(layer: str, steps: Sequence[int], found: ValueRange) -> None:
     reach = np.maximum(np.abs(found.lo), np.abs(found.hi))
     worst = int(reach.argmax())
@@ -134,6 +147,10 @@ class _Watch:
                 raise ExportError(f"a layer of the graph has no name: {node.op_type}", do="Export it again.")
             inputs[node.name], outputs[node.name] = source.name, result.name
             values[source.name], values[result.name] = source, result
+        for node in [node for node in model.graph if node.op_type == "Softmax"]:
+            weights = node.outputs[0]
+            if node.name is not None and weights.name is not None:
+                outputs[node.name], values[weights.name] = weights.name, weights
         parts = [part for value in values.values() for part in _statistics(model, value)]
         table = onnx_ir.node("Concat", parts, {"axis": 0}, name=_STATISTICS)
         table.outputs[0].name = _STATISTICS
@@ -170,11 +187,23 @@ def _statistics(model: onnx_ir.Model, value: onnx_ir.Value) -> Iterator[onnx_ir.
         graph.append(made)
         return made.outputs[0]
 
-    whole = add("Constant", [], {"value": onnx_ir.tensor(np.array([-1], dtype=np.int64))}, "whole")
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Softmax":  # a gibibyte at 4096 tokens: one look, and no copy
+        highest = add("ReduceMax", [value], {"keepdims": 0}, "max")
+        highest = add("Unsqueeze", [highest, add("Constant", [], {"value": _ints([0])}, "first")], {}, "highest")
+        yield add("Constant", [], {"value": onnx_ir.tensor(np.zeros(1, dtype=np.float32))}, "lowest")
+        yield highest
+        yield add("Mul", [highest, highest], {}, "square")
+        return
+    whole = add("Constant", [], {"value": _ints([-1])}, "whole")
     flat = add("Reshape", [value, whole], {}, "flat")
     yield add("ReduceMin", [flat], {"keepdims": 1}, "min")
     yield add("ReduceMax", [flat], {"keepdims": 1}, "max")
     yield add("ReduceMean", [add("Mul", [flat, flat], {}, "square")], {"keepdims": 1}, "mean_square")
+
+
+def _ints(values: list[int]) -> onnx_ir.TensorProtocol:
+    return onnx_ir.tensor(np.array(values, dtype=np.int64))
 
 
 def _open(model: onnx_ir.Model, folder: Path, threads: int) -> Any:
@@ -183,6 +212,8 @@ def _open(model: onnx_ir.Model, folder: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False  # an arena doubles, and attention's scores are gibibytes
+    options.enable_mem_pattern = False
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     blob = onnx_ir.to_proto(model).SerializeToString()
     return onnxruntime.InferenceSession(blob, options, providers=["CPUExecutionProvider"])

@@ -55,7 +55,10 @@ def fuse_attention(model: onnx_ir.Model, kernels: str) -> int:
 
 
 def _around(softmax: onnx_ir.Node) -> _Attention:
-    """Climb from the scores to the three projections and down to where the heads are side by side again."""
+    """Climb from the scores to the three projections and down to where the heads are side by side again.
+
+    It is called by its module's path ("...attn1"), or by the exporter's number where the query is no layer's output.
+    """
     name = (softmax.name or "softmax").replace("node_", "")
     scores, product = _producer(softmax.inputs[0], "MatMul", name), _consumer(softmax.outputs[0], "MatMul", name)
     side_by_side = _consumer(_consumer(product.outputs[0], "Transpose", name).outputs[0], "Reshape", name)
@@ -68,6 +71,9 @@ def _around(softmax: onnx_ir.Node) -> _Attention:
     key, second = _climb(_need(scores.inputs[1], name))
     value, _ = _climb(_need(product.inputs[1], name))
     result = side_by_side.outputs[0]
+    projection = query.producer()
+    if projection is not None and (projection.name or "").endswith(".to_q"):
+        name = (projection.name or "").removesuffix(".to_q")
     return _Attention(name, query, key, value, result, shape[1], shape[3], first * second)
 
 

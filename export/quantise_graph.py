@@ -4,7 +4,8 @@ In: unet/model.onnx in float32, a recipe and the activation ranges. Out: another
 Layers with static activations are laid out here, one pair of nodes per activation however many layers read it; layers
 whose activations stay float or are scaled as they come are weight_only.py's. On ONNX Runtime a convolution gets its
 output quantised too, without which it runs in float; linears and 1x1 convolutions do not, their integer kernel writes
-floats (integer_linear.py). Elsewhere inputs alone are quantised, as NNCF does it for OpenVINO.
+floats (integer_linear.py). Elsewhere inputs alone are quantised, as NNCF does it for OpenVINO, and attention's own
+products between two such linears too (integer_attention.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from latentrelay.compress.weight_fit import WeightFit
 from latentrelay.export.activation_ranges import Ranges, ValueRange
 from latentrelay.export.attention_nodes import MICROSOFT
 from latentrelay.export.errors import ExportError, LayerRuleError
+from latentrelay.export.integer_attention import quantise_attention
 from latentrelay.export.integer_linear import (
     CHANNELS_FIRST,
     CHANNELS_LAST,
@@ -69,6 +71,8 @@ def quantise(
             static.apply(node, layer, rule)
         else:
             apply_weight_only(model, node, layer, rule, recipe.kernels, fits)
+    if recipe.kernels == "openvino" and ranges is not None:
+        quantise_attention(model, recipe, ranges, static.constant)
     out.parent.mkdir(parents=True, exist_ok=True)
     onnx_ir.save(model, out, external_data=UNET_DATA, size_threshold_bytes=_NAMED_THRESHOLD)
 
@@ -132,10 +136,10 @@ class _Static:
             self._surround(node, layer, rule, codes, scales)
         elif node.op_type == "MatMul":
             source = self._channels_last(node, layer, rule, turned=False)
-            replace_linear(self.model.graph, node, layer, source, codes.T, scales, self._constant)
+            replace_linear(self.model.graph, node, layer, source, codes.T, scales, self.constant)
         elif is_pointwise(node, layer):
             source, flat = self._channels_last(node, layer, rule, turned=True), codes.reshape(len(codes), -1)
-            replace_pointwise(self.model.graph, node, layer, source, flat.T, scales, self._constant)
+            replace_pointwise(self.model.graph, node, layer, source, flat.T, scales, self.constant)
         else:
             scale = self._surround(node, layer, rule, codes, scales)
             if layer.kind == "conv":
@@ -218,9 +222,9 @@ class _Static:
         self, node: onnx_ir.Node, name: str, codes: NDArray[np.int8], scales: NDArray[np.float32], axis: int
     ) -> None:
         inputs = [
-            self._constant(f"{name}.weight_q", np.ascontiguousarray(codes)),
-            self._constant(f"{name}.weight_scale", scales),
-            self._constant(f"{name}.weight_zero", np.zeros(len(scales), dtype=np.int8)),
+            self.constant(f"{name}.weight_q", np.ascontiguousarray(codes)),
+            self.constant(f"{name}.weight_scale", scales),
+            self.constant(f"{name}.weight_zero", np.zeros(len(scales), dtype=np.int8)),
         ]
         self._dequantised_constant(node, 1, f"{name}/weight", inputs, axis)
 
@@ -233,7 +237,7 @@ class _Static:
         codes = np.rint(value.const_value.numpy().astype(np.float64) / scales)
         limits = np.iinfo(np.int32)
         integers = np.clip(codes, limits.min, limits.max).astype(np.int32)
-        inputs = [self._constant(f"{name}.bias_q", integers), self._constant(f"{name}.bias_scale", scales)]
+        inputs = [self.constant(f"{name}.bias_q", integers), self.constant(f"{name}.bias_scale", scales)]
         self._dequantised_constant(node, 2, f"{name}/bias", inputs, 0)
 
     def _dequantised_constant(
@@ -261,10 +265,11 @@ class _Static:
         lo, hi = min(found.whole[0], 0.0), max(found.whole[1], 0.0)
         number = np.float32(max(hi - lo, 1e-6) / (highest - lowest))
         zero = int(np.clip(np.rint(lowest - lo / number), lowest, highest))
-        scale = self._constant(f"{name}_scale", np.array(number, dtype=np.float32))
-        return _Scale(scale, self._constant(f"{name}_zero", np.array(zero, dtype=kind)), float(number))
+        scale = self.constant(f"{name}_scale", np.array(number, dtype=np.float32))
+        return _Scale(scale, self.constant(f"{name}_zero", np.array(zero, dtype=kind)), float(number))
 
-    def _constant(self, name: str, array: NDArray[Any]) -> onnx_ir.Value:
+    def constant(self, name: str, array: NDArray[Any]) -> onnx_ir.Value:
+        """Register an array as an initializer of the graph."""
         tensor = onnx_ir.tensor(array, name=name)
         shape = onnx_ir.Shape(array.shape)
         value = onnx_ir.Value(name=name, shape=shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
