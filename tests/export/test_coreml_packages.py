@@ -297,6 +297,14 @@ def test_every_precision_converts_and_reports_its_parity(made: Made, precision: 
     assert packages[1].parity_db >= GATES_DB[precision]
 
 
+def test_an_older_target_gets_the_operators_that_it_has(made: Made, tmp_path: Path) -> None:
+    packages = made.write(tmp_path, "generic-ios", "w8a16")
+    assert {each.deployment_target for each in packages} == {"iOS17"}
+    kinds = {op.op_type for op in load_program(tmp_path / packages[1].path).functions["main"].operations}
+    assert {"constexpr_affine_dequantize", "softmax", "matmul"} <= kinds
+    assert not {"constexpr_blockwise_shift_scale", "scaled_dot_product_attention"} & kinds
+
+
 def test_rules_by_layer(made: Made, tmp_path: Path) -> None:
     network = made.parts.unet
     rules = {
