@@ -85,11 +85,17 @@ class BundleJob:
             if refined.packages is not None:
                 place_files(refined.packages / COREML, folder / COREML)
         with self.stages.timed("step_graphs", "merging the step graph"):
-            write_step(refined.plan, folder / PATHS["step_full"], self._example(), self._opset)
+            write_step(refined.step_plan or refined.plan, folder / PATHS["step_full"], self._example(), self._opset)
         with self.stages.timed("parity", "comparing the step graph"):
             step = folder / PATHS["step_full"]
             parity |= check_step(
-                step, refined.plan, samples["step_full"], reference, self.rule, refined.denoiser, self.stages.progress
+                step,
+                refined.step_plan or refined.plan,
+                samples["step_full"],
+                reference,
+                self.rule,
+                refined.denoiser,
+                self.stages.progress,
             )
         parity |= {name: dict(values) for name, values in refined.parity.items()}
         with self.stages.timed("manifest", "writing the self-test and the manifest"):

@@ -313,6 +313,22 @@ def _parity(
     return round(lowest, 2), ports
 
 
+def open_packages(paths: Sequence[Path], units: str) -> Run:
+    """A component's packages as one function of its inputs: by Core ML on a Mac, elsewhere by the interpreter."""
+    programs = [MilProgram(path) for path in paths]
+    runs: list[Run] = (
+        [_prediction(path, units) for path in paths] if parity_method() == "prediction" else list(programs)
+    )
+
+    def run(feeds: Arrays) -> Arrays:
+        values = dict(feeds)
+        for each, program in zip(runs, programs, strict=True):
+            values |= each({name: values[name] for name in program.inputs})
+        return values
+
+    return run
+
+
 def _prediction(path: Path, units: str) -> Run:
     model = coremltools.models.MLModel(str(path), compute_units=coremltools.ComputeUnit[units])
     return lambda feeds: {name: np.asarray(array) for name, array in model.predict(feeds).items()}

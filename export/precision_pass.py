@@ -8,6 +8,7 @@ session, on runs whose first steps the source's full model computed. For fp32 th
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,6 +49,9 @@ _GRAPH, _RANGES, _COUNT, _PACKAGES = "model.onnx", "ranges.json", "kernels.json"
 COREML = "coreml"
 _METRIC = "held-out error of the final latents over their peak, 10^(-PSNR/20)"
 TEXT_PRECISION = {"fp16": "fp16", **dict.fromkeys(("w8a16", "w8a8", "w4a16", "w4a8"), "w8a16")}
+_UNCORRECTED = ("fp32", "fp16")  # nothing to take back
+_SLOWEST_PACKAGE_S = 1.5  # a noise prediction by a package; slower, and a fit would take hours
+_PACKAGE_FIT, _PACKAGE_HELD_OUT = 8, 6  # recorded runs that packages are fitted and judged on
 _RANGE_RUNS = 8  # recorded runs that ranges and Gram matrices are taken from; each has every step of its part
 
 
@@ -55,7 +59,8 @@ _RANGE_RUNS = 8  # recorded runs that ranges and Gram matrices are taken from; e
 class Refined:
     """What a precision made. `graphs`: the stage of each component's folder; `quantised` and `precisions`: components
     that are not float32 and what they are; `denoiser`: the deployed U-Net, None where it is float; `packages`: the
-    stage of the Core ML packages, None without."""
+    stage of the Core ML packages, None without; `step_plan`: the plan of the ONNX step graph, where its tables are not
+    the bundle's (a Core ML profile's are fitted on its packages)."""
 
     plan: Plan
     graphs: Mapping[str, Path]
@@ -66,6 +71,7 @@ class Refined:
     quality: Mapping[str, Any] = field(default_factory=dict)
     coreml: tuple[CoreMLPackage, ...] = ()
     packages: Path | None = None
+    step_plan: Plan | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,8 @@ class PrecisionPass:
         unet, text = self._quantised(graphs["unet"], recipe), self._text_encoder(graphs["text_encoder"])
         kernels = self._kernels(unet, recipe)
         denoiser = self._deployed(unet)
-        plan, compensation = self._compensated(unet, denoiser, recipe)
+        own = dataclasses.replace(self.plan.recipe, quantisation=recipe.to_json())
+        plan, compensation = self._compensated(unet, denoiser, dataclasses.replace(self.plan, recipe=own))
         parity = {
             "unet": {"snr_db": round(_lowest(unet / _GRAPH, samples["unet"]), 2)},
             "text_encoder": {"snr_db": round(_lowest(text / _GRAPH, samples["text_encoder"]), 2)},
@@ -111,37 +118,66 @@ class PrecisionPass:
             {"kernels": kernels, "compensation": compensation},
         )
 
+    # ---- Core ML (imported when asked for: coremltools takes seconds) ---------------------------------------------
+
     def _with_packages(self, refined: Refined, unet: Path, samples: Mapping[str, list[Sample]]) -> Refined:
-        """With Core ML packages of the same plan; on a machine without Core ML they are checked by interpretation."""
+        """With Core ML packages, whose tables are fitted on them; the ONNX graphs beside them are a spare without."""
+        from latentrelay.export.coreml_bundle import parity_method
+
+        plain = dataclasses.replace(refined.plan, tables=self.plan.tables)
+        stage, packages = self._packages(plain, unet, samples)
+        plan, compensation = self._compensated_packages(plain, stage, packages)
+        if plan.tables != plain.tables:
+            stage, packages = self._packages(plan, unet, samples)
+        quality = {**refined.quality, "compensation": compensation, "coreml_parity_by": parity_method()}
+        return dataclasses.replace(
+            refined, plan=plan, step_plan=plain, packages=stage, coreml=packages, quality=quality
+        )
+
+    def _packages(
+        self, plan: Plan, unet: Path, samples: Mapping[str, list[Sample]]
+    ) -> tuple[Path, tuple[CoreMLPackage, ...]]:
         from latentrelay.export.coreml_bundle import CoreMLParts, parity_method, write_coreml
 
         pipeline = self.source.pipeline
         rules = None if self.precision == "fp32" else recipe_for(self._layers(unet), self.precision, "coreml").rules
 
         def write(folder: Path) -> None:
-            packages = write_coreml(
-                folder,
-                CoreMLParts(pipeline.unet, pipeline.text_encoder, self.vae),
-                refined.plan,
-                self.profile,
-                self.precision,
-                samples,
-                rules=rules,
-                progress=self.stages.progress,
+            parts = CoreMLParts(pipeline.unet, pipeline.text_encoder, self.vae)
+            progress = self.stages.progress
+            made = write_coreml(
+                folder, parts, plan, self.profile, self.precision, samples, rules=rules, progress=progress
             )
-            write_json(folder / _PACKAGES, {"packages": [record_to_json(each) for each in packages]})
+            write_json(folder / _PACKAGES, {"packages": [record_to_json(each) for each in made]})
 
         inputs = {
             "run": self.keys["run"],
-            "plan": plan_digest(refined.plan),
+            "plan": plan_digest(plan),
             "precision": self.precision,
             "profile": self.profile.model_dump(mode="json"),
             "method": parity_method(),
         }
         stage = self.stages.made("coreml", "converting to Core ML", inputs, write)
-        packages = tuple(parse_record(CoreMLPackage, each) for each in read_json(stage, _PACKAGES)["packages"])
-        method = {"coreml_parity_by": parity_method()}
-        return dataclasses.replace(refined, packages=stage, coreml=packages, quality={**refined.quality, **method})
+        return stage, tuple(parse_record(CoreMLPackage, each) for each in read_json(stage, _PACKAGES)["packages"])
+
+    def _compensated_packages(
+        self, plan: Plan, stage: Path, packages: tuple[CoreMLPackage, ...]
+    ) -> tuple[Plan, Mapping[str, Any]]:
+        """As `_compensated`, through the packages; left out where running them here would take too long."""
+        from latentrelay.export.coreml_denoiser import PackageDenoiser
+
+        if not self._two_branches or self.precision in _UNCORRECTED:
+            return plan, {"verdict": f"not fitted: {self.precision}, {self.plan.recipe.sampler}"}
+        step = [each for each in packages if each.role == "step_full"]
+        denoiser = PackageDenoiser(stage, step, plan, self.latent, self._states)
+        run = next(iter(self._runs(held_out=False)))
+        started = time.perf_counter()
+        denoiser(run.latents[0], run.split, run.prompt_embeds)
+        seconds = time.perf_counter() - started
+        if seconds > _SLOWEST_PACKAGE_S:
+            return plan, {"verdict": f"not fitted: a noise prediction by the packages takes {seconds:.1f} s here"}
+        inputs = {"packages": stage_digest(stage)}
+        return self._fitted(plan, denoiser, inputs, _PACKAGE_FIT, _PACKAGE_HELD_OUT)
 
     @property
     def _two_branches(self) -> bool:
@@ -190,36 +226,35 @@ class PrecisionPass:
 
     # ---- compensation -------------------------------------------------------------------------------------------
 
-    def _compensated(self, unet: Path, denoiser: Denoiser, recipe: PrecisionRecipe) -> tuple[Plan, Mapping[str, Any]]:
-        """The plan with the recipe and the tables that held-out runs let through, and what each candidate scored."""
-        own = dataclasses.replace(self.plan.recipe, quantisation=recipe.to_json())
-        if not self._two_branches:
-            return dataclasses.replace(self.plan, recipe=own), {"verdict": "not fitted: few-step runs"}
+    def _compensated(self, unet: Path, denoiser: Denoiser, plan: Plan) -> tuple[Plan, Mapping[str, Any]]:
+        """The plan with the tables that held-out runs let through, and what each candidate scored."""
+        if not self._two_branches or self.precision in _UNCORRECTED or self.profile.backend.name == "coreml":
+            return plan, {"verdict": f"not fitted: {self.precision}, {self.plan.recipe.sampler}"}
+        inputs = {"graph": stage_digest(unet), "backend": record_to_json(backend_spec(self.profile))}
+        return self._fitted(plan, denoiser, inputs, None, None)
+
+    def _fitted(
+        self, plan: Plan, denoiser: Denoiser, inputs: Mapping[str, Any], fit: int | None, held_out: int | None
+    ) -> tuple[Plan, Mapping[str, Any]]:
+        """Tables from the first `fit` recorded runs, judged on the first `held_out`; all of them with None."""
 
         def write(folder: Path) -> None:
-            outcome = compensate(
-                self._runs(held_out=False),
-                self._runs(held_out=True),
-                denoiser,
-                self.plan.recipe.solver_table,
-                self.stages.progress,
-            )
-            save_outcome(folder, outcome)
+            runs, others = self._runs(held_out=False), self._runs(held_out=True)
+            runs, others = runs.take(fit or len(runs)), others.take(held_out or len(others))
+            table = self.plan.recipe.solver_table
+            save_outcome(folder, compensate(runs, others, denoiser, table, self.stages.progress))
 
-        inputs = {
-            **self._calibrated(unet),
-            "prompts": [list(self.calibration.prompts), list(self.calibration.held_out)],
-            "backend": record_to_json(backend_spec(self.profile)),
-        }
-        stage = self.stages.made("compensation", "fitting the compensation", inputs, write)
+        prompts = [list(self.calibration.prompts[:fit]), list(self.calibration.held_out[:held_out])]
+        known = {"runs": self._identity.to_json(), "prompts": prompts, "seed": self.calibration.seed}
+        stage = self.stages.made("compensation", "fitting the compensation", {**inputs, **known}, write)
         found = load_outcome(stage)
         evidence = tuple(
             Evidence(f"compensation: {name}", _relative(found.without_db), _relative(score), verdict, _METRIC)
             for name, score, verdict in found.verdicts
         )
-        own = dataclasses.replace(own, corrections=(*own.corrections, *evidence))
-        tables = dataclasses.replace(self.plan.tables, **found.tables)
-        return dataclasses.replace(self.plan, recipe=own, tables=tables), found.report
+        recipe = dataclasses.replace(plan.recipe, corrections=(*plan.recipe.corrections, *evidence))
+        tables = dataclasses.replace(plan.tables, **found.tables)
+        return dataclasses.replace(plan, recipe=recipe, tables=tables), found.report
 
     # ---- the U-Net ----------------------------------------------------------------------------------------------
 
@@ -293,11 +328,15 @@ class PrecisionPass:
         inputs = {"text_encoder": stage_digest(text), "kernels": kernels, "weights": weights}
         return self.stages.made("text_encoder_weights", "compressing the text encoder", inputs, write)
 
+    @property
+    def _states(self) -> tuple[int, int]:
+        """Tokens and width of the text states."""
+        pipeline = self.source.pipeline
+        return int(pipeline.tokenizer.model_max_length), int(pipeline.text_encoder.config.hidden_size)
+
     def _deployed(self, unet: Path) -> Denoiser:
-        tokens = self.source.pipeline.tokenizer.model_max_length
-        width = self.source.pipeline.text_encoder.config.hidden_size
         spec = backend_spec(self.profile)
-        return OnnxDenoiser(unet / _GRAPH, self.plan.recipe.solver_table, spec, self.latent, (tokens, width))
+        return OnnxDenoiser(unet / _GRAPH, self.plan.recipe.solver_table, spec, self.latent, self._states)
 
 
 def _relative(psnr_db: float) -> float:
