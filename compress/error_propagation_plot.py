@@ -18,12 +18,13 @@ def plot_predictions(predictions: Mapping[str, Prediction], out: Path) -> None:
 
     figure, (scatter, steps) = pyplot.subplots(1, 2, figsize=(10, 4))
     for name, found in predictions.items():
-        scatter.loglog(found.measured, found.predicted, ".", markersize=5, label=f"{name} ({found.bias_db:+.1f} dB)")
+        points = (-10.0 * np.log10(each) for each in (found.measured, found.predicted))
+        scatter.plot(*points, ".", markersize=5, label=f"{name} (predicted error {found.bias_db:+.1f} dB)")
         steps.semilogy(np.maximum(found.step_shares, 1e-6), ".-", linewidth=1, label=name)
     values = np.concatenate([np.concatenate([each.measured, each.predicted]) for each in predictions.values()])
-    ends = [values.min() / 1.5, values.max() * 1.5]
+    ends = -10.0 * np.log10([values.min() / 1.2, values.max() * 1.2])
     scatter.plot(ends, ends, "k-", linewidth=0.7)
-    scatter.set_xlabel("measured mean squared error of the final latents, a point a run", fontsize=8)
+    scatter.set_xlabel("measured error of the final latents, -10 log10 of its mean square; a point a run", fontsize=8)
     scatter.set_ylabel("predicted from the steps' errors", fontsize=8)
     steps.set_xlabel("step in the whole run", fontsize=8)
     steps.set_ylabel("share of the final error's power", fontsize=8)
