@@ -70,20 +70,21 @@ def forced_samples(runs: Iterable[Trajectory], every: int = 5) -> tuple[ForcedSa
 def output_error(
     denoiser: Denoiser,
     samples: Sequence[ForcedSample],
-    guidance: float,
+    guidance: float | None,
     step_weights: Mapping[int, float] | None = None,
 ) -> float:
-    """Error energy of the guided noise prediction over its own energy; steps count by `step_weights` (1 by
-    default). Raises PrecisionError without samples."""
+    """Error energy of the guided noise prediction over its own energy, of both branches as they are where `guidance` is
+    None; steps count by `step_weights` (1 by default). Raises PrecisionError without samples."""
     if not samples:
         raise PrecisionError("sensitivity needs samples", got="none", expected="steps of recorded runs")
     signal = error = 0.0
     for sample in samples:
         weight = 1.0 if step_weights is None else float(step_weights[sample.step])
-        want = guided(sample.noise_pred, guidance).astype(np.float64)
-        got = guided(denoiser(sample.latents, sample.step, sample.prompt_embeds), guidance)
-        signal += weight * float(np.sum(want**2))
-        error += weight * float(np.sum((got - want) ** 2))
+        want, got = sample.noise_pred, denoiser(sample.latents, sample.step, sample.prompt_embeds)
+        if guidance is not None:
+            want, got = guided(want, guidance), guided(got, guidance)
+        signal += weight * float(np.sum(np.square(want, dtype=np.float64)))
+        error += weight * float(np.sum(np.square(got - want, dtype=np.float64)))
     return error / max(signal, 1e-300)
 
 

@@ -1,4 +1,4 @@
-"""The Pareto plot of precisions: signal-to-noise ratio over bytes and over milliseconds, a line a recipe family.
+"""The Pareto plot of precisions: PSNR of final latents over bytes and over milliseconds, a line a recipe family.
 
 In: measured points by family, the first of each the plain recipe, the others with layers spared. Out: one PNG and,
 beside it, the numbers as JSON. Points that another one beats on all three counts are drawn hollow.
@@ -47,7 +47,7 @@ def plot_pareto(families: Mapping[str, Sequence[ParetoPoint]], front: set[Pareto
     panels = figure.subplots(1, 2, sharey=True)
     for axis, (name, scale, title) in zip(panels, _AXES, strict=True):
         for i, (family, points) in enumerate(families.items()):
-            x, y = [getattr(point, name) * scale for point in points], [point.snr_db for point in points]
+            x, y = [getattr(point, name) * scale for point in points], [point.psnr_db for point in points]
             axis.plot(x, y, color=f"C{i}", linewidth=1.0, alpha=0.5, label=family)
             for point, at, height in zip(points, x, y, strict=True):
                 fill = f"C{i}" if point in front else "white"
@@ -57,8 +57,8 @@ def plot_pareto(families: Mapping[str, Sequence[ParetoPoint]], front: set[Pareto
         axis.set_xlabel(title, fontsize=9)
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=8)
-        axis.set_ylim(top=max(p.snr_db for points in families.values() for p in points) + 3)
-    panels[0].set_ylabel("SNR of the guided noise prediction, dB", fontsize=9)
+        axis.set_ylim(top=max(p.psnr_db for points in families.values() for p in points) + 3)
+    panels[0].set_ylabel("PSNR of the final latents to the float run, dB", fontsize=9)
     panels[0].legend(fontsize=8, loc="lower right")
     figure.suptitle("filled: no other recipe is smaller, faster and closer; numbers: layers spared", fontsize=9)
     beside = out.with_name(f".{out.name}.new")

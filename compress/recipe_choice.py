@@ -31,13 +31,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """One recipe as measured. `spared`: how many layers it raises; `ms` one call; `snr_db` of the noise prediction."""
+    """One recipe as measured. `spared`: how many layers it raises; `ms` one call; `ppsnr_db` of the final latents."""
 
     name: str
     spared: int
     bytes: int
     ms: float
-    snr_db: float
+    psnr_db: float
 
 
 def weight_bytes(layer: Layer, rule: LayerRule) -> int:
@@ -110,8 +110,8 @@ def pareto_front(points: Iterable[ParetoPoint]) -> tuple[ParetoPoint, ...]:
     every = tuple(points)
 
     def beats(a: ParetoPoint, b: ParetoPoint) -> bool:
-        no_worse = a.bytes <= b.bytes and a.ms <= b.ms and a.snr_db >= b.snr_db
-        return no_worse and (a.bytes, a.ms, a.snr_db) != (b.bytes, b.ms, b.snr_db)
+        no_worse = a.bytes <= b.bytes and a.ms <= b.ms and a.psnr_db >= b.psnr_db
+        return no_worse and (a.bytes, a.ms, a.psnr_db) != (b.bytes, b.ms, b.psnr_db)
 
     kept = [point for point in every if not any(beats(other, point) for other in every)]
     return tuple(sorted(kept, key=lambda point: (point.bytes, point.ms)))
