@@ -78,8 +78,8 @@ def record_ranges(unet_onnx: Path, samples: Iterable[tuple[int, Feeds]], *, thre
     seen = {value: _Seen() for value in watch.values}
     shaped = {value.name or "": value.shape for value in model.graph.inputs if value.shape is not None}
     batched = {name for name, shape in shaped.items() if len(shape) and not isinstance(shape[0], int)}
-    for step, feeds in ((step, row) for step, feeds in samples for row in _rows(feeds, batched)):
-        (table,) = session.run([_STATISTICS], dict(feeds))
+    for step, row_feeds in ((step, row) for step, feeds in samples for row in _rows(feeds, batched)):
+        (table,) = session.run([_STATISTICS], dict(row_feeds))
         statistics = np.asarray(table, dtype=np.float64).reshape(len(watch.values), 3)
         for value, row in zip(watch.values, statistics, strict=True):
             if not np.isfinite(row).all():
