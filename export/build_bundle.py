@@ -18,7 +18,7 @@ from typing import Any
 import diffusers
 from latentrelay.compress.lora import Adapter
 from latentrelay.compress.plan import Plan, PlanSource, full_plan
-from latentrelay.compress.precision import PRECISIONS
+from latentrelay.compress.precision import PRECISIONS, PrecisionRecipe
 from latentrelay.compress.solver_tables import solver_table
 from latentrelay.device_profiles import DeviceProfile, load_profile
 from latentrelay.export.architecture import latent_size
@@ -75,6 +75,7 @@ def export(
     precision: str = "fp32",
     calibration: Calibration | None = None,
     work: Path | str | None = None,
+    recipe: PrecisionRecipe | None = None,
 ) -> ExportResult:
     """Export a Stable Diffusion pipeline as a bundle for a device.
 
@@ -90,7 +91,8 @@ def export(
     with `student_loras` merged into it. `precision`: of the device's U-Net, one of `compress.precision.PRECISIONS`, or
     "target" for the profile's own. `calibration`: the prompts that a quantised U-Net's ranges and tables are fitted and
     judged on (`default_calibration()` if not given). `work`: a folder for stages that a later build can take over; with
-    None they are made in a temporary folder beside `out` and removed.
+    None they are made in a temporary folder beside `out` and removed. `recipe`: a rule for every layer, in the place of
+    the precision's plain ones; its precision is the bundle's, and its kernels must be the profile's.
 
     Raises ExportError and its kin (source, architecture, output, parity), UnsupportedSchedulerError, ProfileError,
     RequestError.
@@ -105,6 +107,8 @@ def export(
     wanted = target.target_precision if precision == "target" else precision
     if wanted not in PRECISIONS:
         raise RequestError("unknown precision", got=precision, expected=" | ".join((*PRECISIONS, "target")))
+    if recipe is not None:
+        wanted = _agreed(recipe, precision, target)
     with _work(work, folder) as place:
         stages = StageStore(place, progress or (lambda words: None))
         with stages.timed("source", "reading the source pipeline"):
@@ -121,7 +125,7 @@ def export(
         rows, columns = latent_size(source.pipeline.unet, height, width, downscale)
         job = BundleJob(
             source, cloud, target, plan, scheduler, rows, columns, downscale, guidance, vae,
-            wanted, calibration or default_calibration(), stages,
+            wanted, calibration or default_calibration(), stages, recipe,
         )  # fmt: skip
         with bundle_folder(folder, overwrite=overwrite) as partial:
             digest, parity_db, refined = job.run(folder.name, partial)
@@ -129,6 +133,17 @@ def export(
         folder, digest, parity_db, stages.seconds, wanted, tuple(stages.reused), refined.quality, refined.coreml,
         dict(stages.places) if work is not None else {},
     )  # fmt: skip
+
+
+def _agreed(recipe: PrecisionRecipe, precision: str, profile: DeviceProfile) -> str:
+    """The recipe's precision; raises RequestError where it is not for this profile's kernels or what was asked for."""
+    if recipe.kernels != profile.backend.kernels:
+        raise RequestError(
+            "the recipe is for other kernels", got=recipe.kernels, expected=profile.backend.kernels, do="Make it again."
+        )
+    if precision not in ("fp32", "target", recipe.precision):
+        raise RequestError("the recipe is of another precision", got=recipe.precision, expected=precision)
+    return recipe.precision
 
 
 @contextlib.contextmanager

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from latentrelay.compress.plan import Plan
+from latentrelay.compress.precision import PrecisionRecipe
 from latentrelay.device_profiles import DeviceProfile
 from latentrelay.export.bundle_folder import write_json, write_layout
 from latentrelay.export.bundle_manifest import PATHS, ports, write_manifest
+from latentrelay.export.calibrated_runs import CalibratedRuns
 from latentrelay.export.calibration import Calibration
 from latentrelay.export.errors import ExportError
 from latentrelay.export.light_decoder import decoder_spec
@@ -57,25 +59,14 @@ class BundleJob:
     precision: str
     calibration: Calibration
     stages: StageStore
+    recipe: PrecisionRecipe | None = None
 
     def run(self, name: str, folder: Path) -> tuple[str, dict[str, float], Refined]:
         """Write the bundle into `folder`: its digest, the lowest SNR in dB per component, what the precision took."""
         reference, samples = self._reference()
         made = {"text_encoder": self._text_encoder(), "vae_decoder": self._vae_decoder(), "unet": self._unet()}
         parity = self._parity(made, samples)
-        refined = PrecisionPass(
-            source=self.source,
-            cloud=self.cloud,
-            vae=self.vae,
-            plan=self.plan,
-            profile=self.profile,
-            latent=(self.plan_channels, self.rows, self.columns),
-            guidance=self.guidance,
-            precision=self.precision,
-            calibration=self.calibration,
-            stages=self.stages,
-            keys=self._keys,
-        ).run(made, samples)
+        refined = self._refined(made, samples)
         with self.stages.timed("layout", "writing configuration, tokenizer and plan"):
             write_layout(self.source.pipeline, self.scheduler, folder, self.vae)
             tokenizer = write_tokenizer(self.source.pipeline.tokenizer, folder / "tokenizer")
@@ -119,6 +110,21 @@ class BundleJob:
                 coreml=refined.coreml,
             )
         return digest, {component: float(values["snr_db"]) for component, values in parity.items()}, refined
+
+    def _refined(self, made: Mapping[str, Path], samples: Mapping[str, list[Sample]]) -> Refined:
+        """The precision's graphs, and Core ML packages where the profile runs those."""
+        latent = (self.plan_channels, self.rows, self.columns)
+        calibrated = CalibratedRuns(
+            self.source, self.cloud, self.plan, self.profile, latent, self.guidance,
+            self.precision, self.calibration, self.stages,
+        )  # fmt: skip
+        refined = PrecisionPass(calibrated, self.precision, self.stages, self.recipe).run(made, samples)
+        if self.profile.backend.name != "coreml":
+            return refined
+        from latentrelay.export.coreml_pass import CoreMLPass  # coremltools takes seconds to import
+
+        packages = CoreMLPass(calibrated, self.vae, self.precision, self.stages, made["unet"], self._keys["run"])
+        return packages.add(refined, samples)
 
     @property
     def rule(self) -> SamplerRule:
