@@ -26,8 +26,8 @@ Role = Literal["time", "first", "last", "body"]
 _ORT = {
     "fp32": "Everything float32.",
     "fp16": "Weights stored in float16 and widened when the session opens; computed in float32.",
-    "w8a16": "Linears int8 in groups of 32 to 128 (MatMulNBits), convolutions int8 per output channel, widened in front; "
-    "computed in float32.",
+    "w8a16": "Linears int8 in groups of 32 to 128 (MatMulNBits), convolutions int8 per output channel, widened in "
+    "front; computed in float32.",
     "w8a8": "",  # by architecture, below
     "w4a16": "Linears int4 in groups of 32 (MatMulNBits), convolutions int8, widened in front (int4 runs too: a fifth "
     "fewer bytes, ten dB less on the reference); computed in float32.",
