@@ -35,18 +35,22 @@ class PackageInput:
 
 
 class GatheredTable(nn.Module):
-    """A table (N, ...) whose row `table[step]`, step i32 (1,), is (...), or (1,) where a row is one number."""
+    """A table (N, ...) whose row `table[step]`, step i32 (1,), is (...), or (1,) where a row is one number.
+
+    It is kept as (N, numbers of a row): Core ML takes tensors of five axes at most.
+    """
 
     rows: Tensor
 
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
         self.choice = rows.dtype == torch.bool  # Core ML gathers no booleans
-        self.register_buffer("rows", rows.float() if self.choice else rows)
+        self.shape = tuple(rows.shape[1:]) or (1,)
+        flat = rows.reshape(len(rows), -1)
+        self.register_buffer("rows", flat.float() if self.choice else flat)
 
     def __getitem__(self, step: Tensor) -> Tensor:
-        row = self.rows.index_select(0, step)
-        row = row if row.ndim == 1 else row.squeeze(0)
+        row = self.rows.index_select(0, step).reshape(self.shape)
         return row != 0.0 if self.choice else row
 
 
