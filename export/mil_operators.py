@@ -361,6 +361,7 @@ OPERATORS: dict[str, Callable[[Arguments], Result]] = {
     "stack": lambda a: torch.stack(a.tensors("values"), a.setting("axis")),
     "tile": lambda a: a["x"].repeat(a.setting("reps")),
     "transpose": lambda a: a["x"].permute(a.setting("perm")),
+    "pixel_shuffle": lambda a: functional.pixel_shuffle(a["x"], a.setting("upscale_factor", 1)),
     "upsample_nearest_neighbor": _upsample,
     # number formats
     "cast": _unary(torch.clone),  # the declared type of the result is the cast

@@ -285,6 +285,11 @@ CASES: dict[str, Case] = {
     "stack": ({"x": X, "y": Y}, lambda x, y: mb.stack(values=[x, y], axis=1), lambda x, y: torch.stack([x, y], 1)),
     "tile": ({"x": X}, lambda x: mb.tile(x=x, reps=[1, 2, 3]), lambda x: x.repeat(1, 2, 3)),
     "transpose": ({"x": X}, lambda x: mb.transpose(x=x, perm=[2, 0, 1]), lambda x: x.permute(2, 0, 1)),
+    "pixel_shuffle": (
+        {"x": numbers(1, 8, 3, 2)},
+        lambda x: mb.pixel_shuffle(x=x, upscale_factor=2),
+        lambda x: F.pixel_shuffle(x, 2),
+    ),
     "upsample_nearest_neighbor": (
         {"x": PICTURE},
         lambda x: mb.upsample_nearest_neighbor(x=x, scale_factor_height=2, scale_factor_width=3),
