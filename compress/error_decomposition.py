@@ -3,7 +3,8 @@
 In: moments of the deployed network's errors on runs to fit on and on held-out runs. Out: per form (N,) the share of the
 held-out guided error's power that is gone with that form's coefficients; below 0 they make it worse. The rest belongs
 to the prompt and the noise, and no table indexed by step and channel takes it back. It is one step's share, not the
-final latents': a form that shrinks outputs at every step lowers each step's error and still bends the run.
+final latents': a form that shrinks outputs at every step lowers each step's error and still bends the run. "joint"
+reads the float run's own latents and memory here; a device's hold errors too, so its share is a ceiling.
 """
 
 from __future__ import annotations
