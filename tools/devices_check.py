@@ -165,7 +165,8 @@ def _chosen(
 
 def _operators(profile: DeviceProfile) -> dict[str, frozenset[str]]:
     more = set() if profile.support.static_shapes_only else _DYNAMIC
-    parts = {"text_encoder": _TEXT, "unet": _STEP, "vae_decoder": _DECODER | _LIGHT_DECODER}
+    fused = {"MultiHeadAttention"} if profile.backend.kernels.startswith("onnxruntime") else set()
+    parts = {"text_encoder": _TEXT, "unet": _STEP | fused, "vae_decoder": _DECODER | _LIGHT_DECODER}
     return {name: frozenset(_SHARED | own | more) for name, own in parts.items()}
 
 

@@ -22,7 +22,7 @@ FOLDER = Path(device_profiles.__file__).parent
 NAMES = [
     *("galaxy-s23", "galaxy-s24", "galaxy-s25", "generic-android", "generic-ios", "ipad-m2", "iphone-12"),
     *("iphone-13-pro", "iphone-15-pro", "iphone-16", "jetson-orin-nano", "mac-m1", "pixel-8", "raspberry-pi-5"),
-    *("snapdragon-7", "x86-laptop-vnni"),
+    *("snapdragon-7", "x86-laptop-openvino", "x86-laptop-vnni"),
 ]
 BYTES_A_WEIGHT = {"fp16": 2, "w8a16": 1, "w8a8": 1}
 
@@ -48,7 +48,8 @@ def test_every_shipped_profile_is_sound(path: Path) -> None:
     profile = validate_file(path)
     assert profile.schema_version in ("1.0", "1.1")
     x64 = "x86" in profile.chipset
-    assert profile.backend.kernels == ("onnxruntime-x64" if x64 else "onnxruntime-arm")
+    onnxruntime = "onnxruntime-x64" if x64 else "onnxruntime-arm"
+    assert profile.backend.kernels == ("openvino" if profile.backend.name == "openvino" else onnxruntime)
     assert profile.support.onnx_opset == 20
     # The student must fit: fp32 weights on disk or 8-bit weights in memory stay well under the ceiling.
     assert profile.target_unet_parameters.parameters / 2**20 < 0.5 * profile.memory.application_ceiling_mib
