@@ -54,6 +54,16 @@ def raised(rule: LayerRule) -> LayerRule:
     return LayerRule(reason="kept in float by measurement")
 
 
+def spare(recipe: PrecisionRecipe, names: Iterable[str]) -> PrecisionRecipe:
+    """The recipe with the rules of `names` raised; raises PrecisionError for a layer that it does not have."""
+    rules = dict(recipe.rules)
+    for name in names:
+        if name not in rules:
+            raise PrecisionError("a layer to spare is unknown", got=name, expected="a layer of the recipe")
+        rules[name] = raised(rules[name])
+    return dataclasses.replace(recipe, rules=rules)
+
+
 def spare_worst(
     recipe: PrecisionRecipe,
     layers: Iterable[Layer],
@@ -70,12 +80,12 @@ def spare_worst(
     total = max(1, sum(layer.macs for layer in known.values()))
     left_macs = max(0.0, budget.float_share * total - sum(known[name].macs for name in recipe.float_list.names))
     left = {"bytes": float(budget.extra_bytes), "ms": budget.extra_ms, "macs": left_macs}
-    rules = dict(recipe.rules)
+    chosen: list[str] = []
     for _, name, cost in sorted(_candidates(recipe, known, sensitivities, left, ms_per_mac), key=lambda each: -each[0]):
         if all(cost[kind] <= left[kind] for kind in left):
-            rules[name] = raised(rules[name])
+            chosen.append(name)
             left = {kind: left[kind] - cost[kind] for kind in left}
-    return dataclasses.replace(recipe, rules=rules)
+    return spare(recipe, chosen)
 
 
 def _candidates(

@@ -18,7 +18,15 @@ from latentrelay.compress.layer_sensitivity import (
 )
 from latentrelay.compress.precision import Layer, recipe_for
 from latentrelay.compress.precision_plot import save_pareto
-from latentrelay.compress.recipe_choice import Budget, ParetoPoint, pareto_front, raised, spare_worst, weight_bytes
+from latentrelay.compress.recipe_choice import (
+    Budget,
+    ParetoPoint,
+    pareto_front,
+    raised,
+    spare,
+    spare_worst,
+    weight_bytes,
+)
 from latentrelay.compress.solver_tables import SolverRow, SolverTable
 from latentrelay.compress.trajectory import Trajectory
 
@@ -136,6 +144,14 @@ def test_bytes_of_layers():
 def test_unknown_layer_is_refused():
     with pytest.raises(PrecisionError, match="unknown layer, got x"):
         spare_worst(RECIPE, LAYERS, [LayerSensitivity("x", 1.0)], Budget(1, 1.0))
+
+
+def test_named_layers_are_spared():
+    chosen = spare(RECIPE, ["a", "b"])
+    assert (chosen.rules["a"].weights, chosen.rules["b"].weights) == ("float32", "int8")
+    assert chosen.rules["c"] == RECIPE.rules["c"]
+    with pytest.raises(PrecisionError, match="to spare is unknown, got x"):
+        spare(RECIPE, ["x"])
 
 
 def test_front_and_its_files(tmp_path):
