@@ -3,20 +3,25 @@
 In: a quantised model.onnx and its recipe. Out: `KernelCount`: how many convolutions and linears are integer kernels,
 the float list with its share of the multiply-adds, products of two activations apart. A session is opened, its
 optimised graph is written to a scratch folder and read back; a layer that the recipe computes on integers and that is
-anything else there is an error which names it. What other execution providers make of the graph is not seen here.
+anything else there is an error which names it. What other execution providers make of the graph is not seen here;
+graphs for OpenVINO are looked up in its own (openvino_kernels.py).
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 from latentrelay.compress.precision import LayerRule, PrecisionRecipe
 from latentrelay.export.errors import UnfusedLayerError
+from latentrelay.export.kernel_count import KernelCount
+from latentrelay.export.openvino_kernels import count_openvino_kernels
+
+__all__ = ["INTEGER_CONVS", "INTEGER_LINEARS", "KernelCount", "count_integer_kernels"]
+
 
 INTEGER_CONVS = ("QLinearConv", "ConvInteger")
 INTEGER_LINEARS = (
@@ -33,32 +38,16 @@ _INT8_ACTIVATIONS = 4
 _WEIGHTS = "optimised.onnx_data"
 
 
-@dataclass(frozen=True)
-class KernelCount:
-    """What ONNX Runtime runs. `kernels`: how many of each operator that multiplies, by operator; `float_list`: layers
-    that the recipe leaves out, `float_mac_share` (0..1) their part of all layers' multiply-adds; `activation_products`:
-    nodes that multiply two activations (attention), which are always float and in no share."""
-
-    integer_convs: int
-    integer_linears: int
-    float_list: tuple[str, ...]
-    float_mac_share: float
-    activation_products: int
-    kernels: Mapping[str, int]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers, strings and lists."""
-        return {**asdict(self), "float_list": list(self.float_list), "kernels": dict(self.kernels)}
-
-
 def count_integer_kernels(
     graph: Path, recipe: PrecisionRecipe, session_options: Mapping[str, Any] | None = None
 ) -> KernelCount:
-    """Open `graph` (model.onnx or a step graph) on the CPU provider and count.
+    """Open `graph` (model.onnx or a step graph) on the CPU, in the recipe's runtime, and count.
 
     `session_options`: as a manifest's; of those the entries "config.<key>" decide what fuses, and are set.
     Raises UnfusedLayerError naming the first layer, in the recipe's order, that should run on integers and does not.
     """
+    if recipe.kernels == "openvino":
+        return count_openvino_kernels(graph, recipe)
     nodes = _optimised_nodes(graph, session_options or {})
     found = _by_layer(nodes, recipe.rules)
     convs = linears = 0

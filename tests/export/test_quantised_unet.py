@@ -241,6 +241,25 @@ def test_openvino_gets_standard_operators_and_quantised_inputs_only(
     assert snr_db(run(graphs[OPENVINO], inputs), run(tmp_path / "model.onnx", inputs)) > 25.0
 
 
+def test_openvino_runs_every_layer_on_integers(
+    graphs: dict[str, Path], samples: list[tuple[int, dict[str, Any]]], tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    path, rules = tmp_path / "model.onnx", recipe(graphs[OPENVINO], OPENVINO)
+    found = record_ranges(graphs[OPENVINO], samples, threads=1)
+    quantise(graphs[OPENVINO], rules, found, path)
+    counted = count_integer_kernels(path, rules)
+    assert counted.integer_convs + counted.integer_linears == sum(rule.integer for rule in rules.rules.values())
+    assert counted.integer_convs > 0
+    assert counted.activation_products == len(activation_products(onnx_ir.load(graphs[X64])))
+    wanted = recipe_for(layers_of(onnx_ir.load(graphs[OPENVINO])), "w8a8", OPENVINO, [CONV1])
+    quantise(
+        graphs[OPENVINO], wanted, record_ranges(graphs[OPENVINO], samples, threads=1), tmp_path / "b" / "model.onnx"
+    )
+    with pytest.raises(UnfusedLayerError, match=CONV1):  # the recipe says integer, the graph left it in float
+        count_integer_kernels(tmp_path / "b" / "model.onnx", rules)
+
+
 def test_arm_pairs_signed_integers(graphs: dict[str, Path], ranges: Ranges, tmp_path: Path) -> None:
     quantise(graphs[X64], recipe(graphs[X64], "onnxruntime-arm"), ranges, tmp_path / "model.onnx")
     model = onnx_ir.load(tmp_path / "model.onnx")
