@@ -34,17 +34,20 @@ class MilProgram:
 
     def __init__(self, package: Path) -> None:
         function = load_program(Path(package)).functions["main"]
-        self._function = function
-        self._inputs = dict(function.inputs)
-        self.inputs, self.outputs = tuple(self._inputs), tuple(var.name for var in function.outputs)
-        self.operations = [op for op in function.operations if op.op_type != "const"]
+        self._inputs, self._outputs = dict(function.inputs), list(function.outputs)
+        self.inputs, self.outputs = tuple(self._inputs), tuple(var.name for var in self._outputs)
         self._constants: dict[Any, Value] = {}
-        for op in self.operations:
+        self.operations = []
+        for op in function.operations:
             if op.op_type.startswith("constexpr_"):
-                self._constants[op.outputs[0]] = _tensor(op.materialized_val_inference(), op.outputs[0])
-            elif op.op_type not in OPERATORS:
+                self._constants[op.outputs[0]] = _constant(op.materialized_val_inference(), op.outputs[0])
+            elif op.op_type in OPERATORS:
+                self.operations.append(op)
+            elif op.op_type != "const":
                 raise UnknownOperatorError(op.op_type, op.outputs[0].name)
-        self.operations = [op for op in self.operations if op.op_type in OPERATORS]
+        # coremltools computes an operation's inputs and types anew whenever they are asked for
+        self._given = [[(name, var) for name, var in op.inputs.items() if var is not None] for op in self.operations]
+        self._made = [[(var, TORCH_TYPES.get(type_name(var))) for var in op.outputs] for op in self.operations]
         self._last_use = self._find_last_use()
 
     @torch.no_grad()
@@ -59,20 +62,18 @@ class MilProgram:
         for name, var in self._inputs.items():
             if tuple(inputs[name].shape) != tuple(var.shape):
                 raise ValueError(f"{name} has shape {tuple(inputs[name].shape)}, expected {tuple(var.shape)}")
-            values[var] = _tensor(inputs[name], var)
+            values[var] = _rounded(torch.from_numpy(np.array(inputs[name])), TORCH_TYPES.get(type_name(var)))
         for i, op in enumerate(self.operations):
-            arguments = Arguments(
-                {name: self._value(var, values) for name, var in op.inputs.items() if var is not None}
-            )
+            arguments = Arguments({name: self._value(var, values) for name, var in self._given[i]})
             if observe is not None:
                 observe(op, arguments)
             result = OPERATORS[op.op_type](arguments)
             results = result if isinstance(result, tuple) else (result,)
-            for var, tensor in zip(op.outputs, results, strict=True):
-                values[var] = _rounded(tensor, var)
+            for (var, declared), tensor in zip(self._made[i], results, strict=True):
+                values[var] = _rounded(tensor, declared)
             for var in self._last_use.get(i, ()):
                 values.pop(var, None)
-        return {var.name: _array(self._value(var, values)) for var in self._function.outputs}
+        return {var.name: _array(self._value(var, values)) for var in self._outputs}
 
     def _value(self, var: Any, values: Mapping[Any, Value]) -> Value:
         if isinstance(var, (list, tuple)):
@@ -81,17 +82,17 @@ class MilProgram:
         if var in values:
             return values[var]
         if var not in self._constants:
-            self._constants[var] = var.val if isinstance(var.val, str) else _tensor(var.val, var)
+            self._constants[var] = _constant(var.val, var)
         return self._constants[var]
 
     def _find_last_use(self) -> dict[int, list[Any]]:
         """Which values can be forgotten after operation i, so that a large network does not keep every activation."""
         last: dict[Any, int] = {}
-        for i, op in enumerate(self.operations):
-            for given in op.inputs.values():
-                for var in given if isinstance(given, (list, tuple)) else (given,):
+        for i, given in enumerate(self._given):
+            for _, found in given:
+                for var in found if isinstance(found, (list, tuple)) else (found,):
                     last[var] = i
-        for var in self._function.outputs:
+        for var in self._outputs:
             last.pop(var, None)
         ends: dict[int, list[Any]] = {}
         for var, i in last.items():
@@ -104,16 +105,19 @@ def type_name(var: Any) -> str:
     return str(coremltools.converters.mil.mil.types.builtin_to_string(var.dtype))
 
 
-def _tensor(values: Any, var: Any) -> Tensor:
+def _constant(values: Any, var: Any) -> Value:
+    """A constant in its declared type; float16 is widened at once, as `Arguments` would at every call."""
+    if isinstance(values, str):
+        return values
     array = np.array(values, order="C")  # a copy: what coremltools hands out may be read-only
     if array.dtype == np.uint16:
         array = array.astype(np.int32)
-    return _rounded(torch.from_numpy(array), var)
+    tensor = _rounded(torch.from_numpy(array), TORCH_TYPES.get(type_name(var)))
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
-def _rounded(tensor: Tensor, var: Any) -> Tensor:
+def _rounded(tensor: Tensor, declared: torch.dtype | None) -> Tensor:
     """In the declared type, and in row order: torch sums in another order over another layout."""
-    declared = TORCH_TYPES.get(type_name(var))
     return tensor.to(tensor.dtype if declared is None else declared).contiguous()
 
 

@@ -99,10 +99,13 @@ def _conv(a: Arguments) -> Tensor:
             total = max(0, (math.ceil(x.shape[2 + i] / stride[i]) - 1) * stride[i] + reach - x.shape[2 + i])
             small, large = total // 2, total - total // 2
             pads[2 * i : 2 * i + 2] = (large, small) if kind == "same_lower" else (small, large)
-    x = functional.pad(x, [pads[2 * i + side] for i in reversed(range(space)) for side in (0, 1)])
+    even = pads[0::2] == pads[1::2]
+    if not even:
+        x = functional.pad(x, [pads[2 * i + side] for i in reversed(range(space)) for side in (0, 1)])
     run = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[space]
     bias = a.get("bias")
-    return run(x, weight, bias, stride=stride, dilation=dilation, groups=a.setting("groups", 1))
+    padding = pads[0::2] if even else [0] * space
+    return run(x, weight, bias, stride, padding, dilation, a.setting("groups", 1))
 
 
 def _matmul(a: Arguments) -> Tensor:
@@ -117,11 +120,7 @@ def _linear(a: Arguments) -> Tensor:
 
 def _attention(a: Arguments) -> Tensor:
     """query (...,L,E), key (...,S,E), value (...,S,F), attn_mask added or kept where true -> (...,L,F)."""
-    scores = a["query"] @ a["key"].transpose(-1, -2) / math.sqrt(a["query"].shape[-1])
-    if "attn_mask" in a:
-        mask = a["attn_mask"]
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1) @ a["value"]
+    return functional.scaled_dot_product_attention(a["query"], a["key"], a["value"], attn_mask=a.get("attn_mask"))
 
 
 def _batch_norm(a: Arguments) -> Tensor:

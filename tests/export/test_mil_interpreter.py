@@ -196,12 +196,12 @@ CASES: dict[str, Case] = {
     "scaled_dot_product_attention": (
         {"q": X, "k": Y, "v": POSITIVE},
         lambda q, k, v: mb.scaled_dot_product_attention(query=q, key=k, value=v),
-        F.scaled_dot_product_attention,
+        lambda q, k, v: torch.softmax(q @ k.mT / 2.0, -1) @ v,  # 4 channels
     ),
     "scaled_dot_product_attention/mask": (
         {"q": X, "k": Y, "v": POSITIVE, "m": numbers(3, 3)},
         lambda q, k, v, m: mb.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=m),
-        F.scaled_dot_product_attention,
+        lambda q, k, v, m: torch.softmax(q @ k.mT / 2.0 + m, -1) @ v,
     ),
     # shape and place
     "concat": ({"x": X, "y": Y}, lambda x, y: mb.concat(values=[x, y], axis=1), lambda x, y: torch.cat([x, y], 1)),
