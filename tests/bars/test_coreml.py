@@ -4,6 +4,7 @@ bytes and dB of each precision and each encoding of weights. Everything is run b
 
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def test_coreml(parts_and_samples: Any, measured: Callable[..., Path], tmp_path:
                 "seconds": round(time.perf_counter() - start, 1),
             }
         )
-        measured("coreml", {"student": STUDENT, "num_steps": STEPS, "run_by": _run_by(), "rows": rows})
+        settings = {"coremltools": metadata.version("coremltools"), "student": STUDENT, "num_steps": STEPS}
+        measured("coreml", {**settings, "run_by": _run_by(), "rows": rows})
 
     for device in PROFILES:
         add(device, "fp16")
