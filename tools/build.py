@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentrelay.compress.precision import PrecisionRecipe
 from latentrelay.device_profiles import DeviceProfile, load_profile
 from latentrelay.runtime.errors import RequestError
 from latentrelay.runtime.manifest import CoreMLPackage
@@ -51,11 +52,13 @@ def run(
     precision: str = "auto",
     prompts: Path | None = None,
     work: Path | None = None,
+    recipe: Path | None = None,
 ) -> None:
     """Build and print.
 
     `precision`: of the device's U-Net; "auto" is the profile's own. `prompts`: a file, one a line, to calibrate on.
-    `work`: where stages are kept for the next build, OUTPUT.work if not given.
+    `work`: where stages are kept for the next build, OUTPUT.work if not given. `recipe`: a file with a rule for every
+    layer; a released student's own if not given.
 
     `student`: a released name or a folder whose U-Net runs the device's steps, "none" for the source's own, or "auto":
     on the reference the student released for the profile's class (with its consistency adapters for few steps), on any
@@ -96,6 +99,7 @@ def run(
             progress=lambda words: advance(words, 1),
             overwrite=overwrite,
             precision=chosen,
+            recipe=_recipe(recipe, parts.get("student"), chosen, profile),
             calibration=calibration(model, prompts),
             work=place,
             **parts,
@@ -132,6 +136,15 @@ def _precision(asked: str, profile: DeviceProfile, sampler: str) -> str:
         err.print(f"[yellow]precision:[/] {target[:2]}a16, not {target}: few-step runs are not calibrated yet")
         return f"{target[:2]}a16"
     return target
+
+
+def _recipe(given: Path | None, student: Any, precision: str, profile: DeviceProfile) -> PrecisionRecipe | None:
+    """The file's, else the one beside the student, else None: the precision's plain rules."""
+    from latentrelay.tools.recipes import read_recipe, shipped_recipe
+
+    if given is not None:
+        return read_recipe(given)
+    return shipped_recipe(Path(student), precision, profile.backend.kernels) if student is not None else None
 
 
 def calibration(model: str, prompts: Path | None) -> Any:

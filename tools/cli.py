@@ -262,6 +262,9 @@ def build(
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts to calibrate on, one a line; plain ones if not given.")
     ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A file with a rule for every layer; a released student's own if not given.")
+    ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Stages that the next build takes over; OUTPUT.work if not given.")
     ] = None,
@@ -299,6 +302,7 @@ def build(
         precision=precision,
         prompts=prompts,
         work=work,
+        recipe=recipe,
     )
 
 

@@ -174,6 +174,7 @@ class Shelf:
         from latentrelay.export import export, load_source
         from latentrelay.tools.build import calibration
         from latentrelay.tools.models import default_guidance
+        from latentrelay.tools.recipes import shipped_recipe
 
         with counting(f"building in {precision}", None) as advance:
             return export(
@@ -189,6 +190,7 @@ class Shelf:
                 precision=precision,
                 calibration=calibration(REFERENCE, None),
                 work=self.output / "work",
+                recipe=shipped_recipe(self.student, precision, self.profile.backend.kernels),
             )
 
 
