@@ -23,7 +23,17 @@ MAY_IMPORT = {
 # tables are fitted on the session that is deployed.
 ONLY = {
     ("reference", "compress"): {"training", "light_vae", "distill_vae"},
-    ("export", "runtime"): {"backend", "digest", "errors", "manifest", "samplers", "noise", "handoff", "strict_json"},
+    ("export", "runtime"): {
+        "backend",
+        "openvino_backend",
+        "digest",
+        "errors",
+        "manifest",
+        "samplers",
+        "noise",
+        "handoff",
+        "strict_json",
+    },
     ("cloud", "runtime"): {"digest", "errors", "handoff", "handoff_request", "noise", "samplers", "strict_json"},
 }
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "accelerate", "optimum", "coremltools"}
