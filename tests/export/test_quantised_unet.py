@@ -265,6 +265,9 @@ def test_arm_pairs_signed_integers(graphs: dict[str, Path], ranges: Ranges, tmp_
     model = onnx_ir.load(tmp_path / "model.onnx")
     zeros = [value.dtype for name, value in model.graph.initializers.items() if name.endswith("put_zero")]
     assert set(zeros) == {onnx_ir.DataType.INT8}
+    rules = recipe(graphs[X64], "onnxruntime-arm")
+    counted = count_integer_kernels(tmp_path / "model.onnx", rules)
+    assert counted.integer_convs + counted.integer_linears == sum(rule.integer for rule in rules.rules.values())
 
 
 # ---- faults --------------------------------------------------------------------------------------------------------
