@@ -1,7 +1,7 @@
 """Bar: the best uncompensated w4a8 recipe of the reference's middle student, found and frozen; the Pareto front.
 
-A quarter of an hour on one thread. The frozen recipe is docs/measured/recipe_w4a8_phone_mid.json; a later search must
-not find its figures wrong. The front of all precisions goes to docs/measured/pareto_phone_mid.json and .png.
+A quarter of an hour on one thread. The frozen recipe lies beside the student (recipes/); a later search must not find
+its figures wrong. The front of all precisions goes to docs/measured/pareto_phone_mid.json and .png.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from latentrelay.tools.recipe_search import RecipeSearch
 
 pytestmark = pytest.mark.slow
 
-MEASURED = Path(__file__).resolve().parents[2] / "docs" / "measured"
-FROZEN = MEASURED / "recipe_w4a8_phone_mid.json"
+ROOT = Path(__file__).resolve().parents[2]
+MEASURED = ROOT / "docs" / "measured"
+FROZEN = ROOT / "reference" / "weights" / "students" / "phone-mid" / "recipes" / "w4a8.onnxruntime-x64.json"
 SHARES = (0.25, 0.5, 1.0)
 
 
