@@ -24,7 +24,8 @@ from latentrelay.runtime.errors import LatentRelayError, RequestError
 from latentrelay.runtime.selftest import snr_db
 from latentrelay.tools import bench_graphs, bench_source
 from latentrelay.tools.bench_clock import QUIET, Timed, interleave, times_faster
-from latentrelay.tools.bench_rows import BASELINE, BUNDLE_ROWS, NNCF_ROW, ROWS, Row, own_kernels, version, why_not
+from latentrelay.tools.bench_graphs import version
+from latentrelay.tools.bench_rows import BASELINE, BUNDLE_ROWS, NNCF_ROW, ROWS, Row, own_kernels, why_not
 from latentrelay.tools.bench_source import Network
 from latentrelay.tools.bench_worker import WARM_UPS, Loaded, Worker, in_child
 from latentrelay.tools.console import counting, emit, extra, printable, table
@@ -69,12 +70,12 @@ def run(
         if bundle is not None:
             network = Network(bundle.absolute(), bundle.absolute().name, 0, 0, 0, 0, (1.0, 0.0), False)
             folders: dict[str, Path | str] = {each.graph: bundle.absolute() for each in chosen}
-            kernels = None
+            kernels = elsewhere = None
         else:
             prepared = Prepared(StageStore(folder, say), threads)
             network = prepared.network(geometry or "hybrid-sd-224m", model, student)
             folders = {each.graph: prepared.graph(each) for each in chosen if why_not(each) is None}
-            kernels = prepared.kernels()
+            kernels, elsewhere = prepared.kernels("onnxruntime"), prepared.kernels("openvino")
         answers = _measure(chosen, network, folders, threads, rounds, say)
     facts = ("name", "parameters", "rows", "columns", "tokens") if bundle is None else ("name",)
     document: dict[str, Any] = {
@@ -86,6 +87,7 @@ def run(
         "rows": answers,
         "integer_kernels": None if kernels is None else kernels["integer_kernels"],
         "float_list": None if kernels is None else kernels["float_list"],
+        "integer_kernels_openvino": None if elsewhere is None else elsewhere["integer_kernels"],
         "machine": asdict(machine),
         "versions": {name: version(name) for name in PACKAGES},
         "date": datetime.now(UTC).date().isoformat(),
@@ -134,10 +136,10 @@ class Prepared:
         """The folder of what a row runs, or why there is none."""
         return self._stage(row.graph)
 
-    def kernels(self) -> Mapping[str, Any] | None:
-        """What `count_integer_kernels` said of our quantised step graph on ONNX Runtime, where it was made."""
-        made = self._made.get("ours-w8a8-onnxruntime")
-        if not isinstance(made, Path):
+    def kernels(self, library: str) -> Mapping[str, Any] | None:
+        """Which kernels our quantised step graph gets in a library, and its float list; None where it was not made."""
+        made = self._made.get(f"ours-w8a8-{library}")
+        if not isinstance(made, Path) or not (made / bench_graphs.KERNELS).is_file():
             return None
         counted: Mapping[str, Any] = json.loads((made / bench_graphs.KERNELS).read_text(encoding="utf-8"))
         return counted

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from latentrelay.tools.bench_source import Network
 
 OPSET = 20
 UNET, STEP, KERNELS = "model.onnx", "step_full.onnx", "kernels.json"
+
+
+def version(package: str) -> str | None:
+    """An installed package's version; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def load_unet(network: Network) -> Any:
@@ -53,7 +62,7 @@ def write_ours(network: Network, folder: Path, kernels: str) -> None:
 
 
 def write_quantised(network: Network, folder: Path, floating: Path, kernels: str) -> None:
-    """Our w8a8 step graph for a kernel set from the float one, and, on ONNX Runtime, kernels.json: what it really has.
+    """Our w8a8 step graph for a kernel set from the float one, and kernels.json: the kernels that it really gets.
 
     Ranges come from the network's calibration steps. Raises UnfusedLayerError naming a layer that did not become an
     integer kernel.
@@ -70,7 +79,7 @@ def write_quantised(network: Network, folder: Path, floating: Path, kernels: str
     ranges = record_ranges(floating / UNET, network.calibration(), threads=threads)
     quantise(floating / UNET, recipe, ranges, folder / UNET)
     _write_step(network, folder)
-    if kernels.startswith("onnxruntime"):
+    if kernels != "openvino" or version("openvino") is not None:
         count = count_integer_kernels(folder / STEP, recipe)
         integer = {
             "convolutions": count.integer_convs,

@@ -11,7 +11,6 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 from latentrelay.runtime.backend import open_backend
 from latentrelay.runtime.bundle import Bundle
 from latentrelay.runtime.manifest import BackendSpec, Component, Port
-from latentrelay.tools.bench_graphs import STEP, UNET, load_unet, static_model
+from latentrelay.tools.bench_graphs import STEP, UNET, load_unet, static_model, version
 from latentrelay.tools.bench_source import GUIDANCE, Feeds, Network
 from numpy.typing import NDArray
 
@@ -94,14 +93,6 @@ def why_not(row: Row) -> str | None:
     if row.library == "openvino" and row.precision == "bf16" and not _has_bf16():
         return "the processor has no bf16"
     return None
-
-
-def version(package: str) -> str | None:
-    """An installed package's version; None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _has_bf16() -> bool:
