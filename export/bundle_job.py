@@ -18,13 +18,14 @@ from latentrelay.compress.plan import Plan
 from latentrelay.compress.precision import PrecisionRecipe
 from latentrelay.device_profiles import DeviceProfile
 from latentrelay.export.bundle_folder import write_json, write_layout
-from latentrelay.export.bundle_manifest import PATHS, ports, write_manifest
+from latentrelay.export.bundle_manifest import PATHS, backend_spec, ports, write_manifest
 from latentrelay.export.calibrated_runs import CalibratedRuns
 from latentrelay.export.calibration import Calibration
+from latentrelay.export.deployed import DeployedSession
 from latentrelay.export.errors import ExportError
 from latentrelay.export.light_decoder import decoder_spec
 from latentrelay.export.onnx_graphs import UNET_DATA, TextEncoderGraph, UNetGraph, decoder_graph, export_onnx
-from latentrelay.export.parity import Sample, check_components, check_step, collect_samples
+from latentrelay.export.parity import Sample, check_components, check_step, collect_samples, open_session
 from latentrelay.export.precision_pass import COREML, PrecisionPass, Refined
 from latentrelay.export.reference_run import ReferenceRun, record_run
 from latentrelay.export.sample_file import load_samples, save_samples
@@ -67,6 +68,7 @@ class BundleJob:
         made = {"text_encoder": self._text_encoder(), "vae_decoder": self._vae_decoder(), "unet": self._unet()}
         parity = self._parity(made, samples)
         refined = self._refined(made, samples)
+        ports_of, spec = self._components(samples, refined), backend_spec(self.profile)
         with self.stages.timed("layout", "writing configuration, tokenizer and plan"):
             write_layout(self.source.pipeline, self.scheduler, folder, self.vae)
             tokenizer = write_tokenizer(self.source.pipeline.tokenizer, folder / "tokenizer")
@@ -78,20 +80,15 @@ class BundleJob:
         with self.stages.timed("step_graphs", "merging the step graph"):
             write_step(refined.step_plan or refined.plan, folder / PATHS["step_full"], self._example(), self._opset)
         with self.stages.timed("parity", "comparing the step graph"):
-            step = folder / PATHS["step_full"]
+            plan = refined.step_plan or refined.plan
+            sessions = {name: DeployedSession(folder / PATHS[name], ports_of[name], spec) for name in refined.quantised}
+            step = sessions.get("step_full") or open_session(folder / PATHS["step_full"])
             parity |= check_step(
-                step,
-                refined.step_plan or refined.plan,
-                samples["step_full"],
-                reference,
-                self.rule,
-                refined.denoiser,
-                self.stages.progress,
+                step, plan, samples["step_full"], reference, self.rule, refined.denoiser, self.stages.progress
             )
         parity |= {name: dict(values) for name, values in refined.parity.items()}
         with self.stages.timed("manifest", "writing the self-test and the manifest"):
-            quantised = {component: folder / PATHS[component] for component in refined.quantised}
-            selftest = write_selftest(folder, samples, quantised)
+            selftest = write_selftest(folder, samples, sessions)
             digest = write_manifest(
                 folder,
                 name=name,
@@ -101,7 +98,7 @@ class BundleJob:
                 latent=(self.rows, self.columns, self.downscale),
                 tokenizer=tokenizer,
                 guidance=self.guidance,
-                components=self._components(samples, refined),
+                components=ports_of,
                 parity=parity,
                 selftest=selftest,
                 tools=versions(),

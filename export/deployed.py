@@ -8,7 +8,7 @@ source's full model in torch, from the prompt and the seed to the latents at the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from latentrelay.export.reference_run import encode_ids
 from latentrelay.runtime.backend import open_backend
 from latentrelay.runtime.manifest import BackendSpec, Component, Port
 from latentrelay.runtime.noise import initial_noise
+from numpy.typing import NDArray
 
 
 class TorchDenoiser:
@@ -67,6 +68,18 @@ class OnnxDenoiser:
         """See `Denoiser`."""
         result: Floats = self._graph.run(step_feeds(self._table, latents, step, prompt_embeds))["out_sample"]
         return result
+
+
+class DeployedSession:
+    """One graph in the session that a bundle's manifest asks for, called as ONNX Runtime's own sessions are."""
+
+    def __init__(self, path: Path, component: Component, spec: BackendSpec) -> None:
+        self._graph = open_backend(spec, threads=torch.get_num_threads()).load(path, component)
+
+    def run(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """The outputs of those names."""
+        outputs = self._graph.run(feeds)
+        return [outputs[name] for name in names]
 
 
 def unet_component(path: str, latent: Sequence[int], states: Sequence[int]) -> Component:

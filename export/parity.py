@@ -121,7 +121,7 @@ def check_components(
 
 
 def check_step(
-    path: Path,
+    session: Any,
     plan: Plan,
     cases: list[Sample],
     run: ReferenceRun,
@@ -129,13 +129,13 @@ def check_step(
     denoiser: Denoiser | None,
     progress: Callable[[str], None],
 ) -> dict[str, dict[str, float]]:
-    """The step graph: "step_full" teacher-forced, "chained_run" fed with its own results.
+    """The step graph in its `session`: "step_full" teacher-forced, "chained_run" fed with its own results.
 
     With a float network (`denoiser` None) both are compared with torch. A quantised one is `denoiser`, and both are
     compared with the plan's tables applied to its output in NumPy: the graph must be the tables, whatever the network
     does. Raises ParityError below 60 dB (50 dB chained, and both where the network is quantised).
     """
-    session, table = open_session(path), plan.recipe.solver_table
+    table = plan.recipe.solver_table
     gate = COMPONENT_GATE_DB if denoiser is None else CHAINED_GATE_DB
     if denoiser is not None:
         cases = [Sample(case.inputs, step_in_numpy(plan, case.inputs, denoiser)) for case in cases]

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from latentrelay.export.parity import COMPONENT_GATE_DB, Sample, open_session
+from latentrelay.export.parity import COMPONENT_GATE_DB, Sample
 from latentrelay.runtime.manifest import SelftestSpec
 from safetensors.numpy import save
 
@@ -21,20 +22,20 @@ SELFTEST_PATH = "selftest.safetensors"
 QUANTISED_TOLERANCE_DB = 25.0  # other integer kernels round in other places, and a flipped rounding travels
 
 
-def write_selftest(folder: Path, samples: Mapping[str, list[Sample]], paths: Mapping[str, Path]) -> SelftestSpec:
+def write_selftest(folder: Path, samples: Mapping[str, list[Sample]], sessions: Mapping[str, Any]) -> SelftestSpec:
     """Write the middle sample of each graph (a step in mid-run reads the memory of a multistep solver).
 
-    `paths`: the quantised graphs among them, which are run for their expected outputs.
+    `sessions`: of the quantised graphs among them, which are run for their expected outputs.
     """
     tensors = {}
     for component, cases in samples.items():
         case = cases[len(cases) // 2]
-        if component in paths:
+        if component in sessions:
             names = list(case.outputs)
-            outputs = open_session(paths[component]).run(names, case.inputs)
+            outputs = sessions[component].run(names, case.inputs)
             case = Sample(case.inputs, dict(zip(names, outputs, strict=True)))
         for side, arrays in (("in", case.inputs), ("out", case.outputs)):
             for name, array in arrays.items():
                 tensors[f"{component}.{side}.{name}"] = np.array(array, order="C")
     (folder / SELFTEST_PATH).write_bytes(save(dict(sorted(tensors.items()))))
-    return SelftestSpec(SELFTEST_PATH, COMPONENT_GATE_DB, dict.fromkeys(paths, QUANTISED_TOLERANCE_DB))
+    return SelftestSpec(SELFTEST_PATH, COMPONENT_GATE_DB, dict.fromkeys(sessions, QUANTISED_TOLERANCE_DB))
