@@ -119,7 +119,7 @@ class Prepared:
     def network(self, geometry: str, model: str | None, student: Path | None) -> Network:
         """The network on disk. Raises what reading a model raises."""
         key = {"model": model, "student": str(student) if student else None, "geometry": None if model else geometry}
-        kept = None if student else str(student)
+        kept = str(student) if student is not None else None
 
         def write(folder: Path) -> None:
             if model is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from latentrelay.export.stages import StageStore
 from latentrelay.runtime.errors import RequestError
 from latentrelay.runtime.selftest import snr_db
 from latentrelay.tools import bench, bench_graphs, bench_rows, bench_source
@@ -199,6 +200,18 @@ def test_a_row_is_not_loaded_where_memory_would_not_do(network: Network, tmp_pat
     (tmp_path / "meminfo").write_text(f"MemAvailable: {1024 * 518} kB\n")
     assert bench._short_of_memory(network, tmp_path / "meminfo") is None
     assert bench._short_of_memory(network, tmp_path / "absent") is None
+
+
+def test_a_student_stands_in_the_place_of_the_models_unet(tmp_path: Path, tiny: Any, tiny_pipeline: Any) -> None:
+    source, small = tmp_path / "source", tmp_path / "small"
+    tiny.save_pipeline(tiny_pipeline, source)
+    tiny.make_unet(widths=(8, 8)).save_pretrained(small / "unet", safe_serialization=True)
+    counts = {}
+    for student in (None, small):
+        prepared = bench.Prepared(StageStore(tmp_path / f"work-{student is None}"), 1)
+        counts[student] = prepared.network("tiny", str(source), student).parameters
+    assert counts[None] == sum(each.numel() for each in tiny_pipeline.unet.parameters())
+    assert counts[small] < counts[None]
 
 
 def test_an_unknown_geometry_is_named(tmp_path: Path) -> None:
