@@ -19,8 +19,8 @@ MAY_IMPORT = {
     "cloud": {"runtime"},
     "tools": {"cloud", "compress", "device_profiles", "export", "reference", "runtime"},
 }
-# Of a lower folder only these modules: formats, digests and errors; export opens graphs by the runtime's backends, since
-# tables are fitted on the session that is deployed.
+# Of a lower folder only these modules: formats, digests and errors; export opens graphs by the runtime's backends,
+# since tables are fitted on the session that is deployed.
 ONLY = {
     ("reference", "compress"): {"training", "light_vae", "distill_vae"},
     ("export", "runtime"): {

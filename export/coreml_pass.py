@@ -17,13 +17,14 @@ from typing import Any
 import onnx_ir
 from latentrelay.compress.plan import Plan
 from latentrelay.compress.precision import recipe_for
+from latentrelay.export.activation_ranges import Ranges
 from latentrelay.export.bundle_folder import write_json
 from latentrelay.export.calibrated_runs import CalibratedRuns, plan_digest
 from latentrelay.export.coreml_bundle import CoreMLParts, parity_method, write_coreml
 from latentrelay.export.coreml_denoiser import PackageDenoiser
 from latentrelay.export.layers import layers_of
 from latentrelay.export.parity import Sample
-from latentrelay.export.precision_pass import Refined
+from latentrelay.export.precision_pass import RANGES, Refined
 from latentrelay.export.stages import StageStore, read_json, stage_digest
 from latentrelay.runtime.manifest import CoreMLPackage
 from latentrelay.runtime.strict_json import parse_record, record_to_json
@@ -63,10 +64,16 @@ class CoreMLPass:
         if self.precision != "fp32":
             rules = recipe_for(layers_of(onnx_ir.load(self.unet / "model.onnx")), self.precision, "coreml").rules
 
+        measured = self.stages.places.get("ranges") if self.precision.endswith("a8") else None
+
         def write(folder: Path) -> None:
+            found = None if measured is None else Ranges.from_json(read_json(measured, RANGES)).inputs
+            ranges = None if found is None else {name: each.whole for name, each in found.items()}
             parts = CoreMLParts(pipeline.unet, pipeline.text_encoder, self.vae)
             progress = self.stages.progress
-            made = write_coreml(folder, parts, plan, profile, self.precision, samples, rules=rules, progress=progress)
+            made = write_coreml(
+                folder, parts, plan, profile, self.precision, samples, rules=rules, ranges=ranges, progress=progress
+            )
             write_json(folder / _PACKAGES, {"packages": [record_to_json(each) for each in made]})
 
         inputs = {
@@ -75,6 +82,7 @@ class CoreMLPass:
             "precision": self.precision,
             "profile": profile.model_dump(mode="json"),
             "method": parity_method(),
+            "ranges": None if measured is None else stage_digest(measured),
         }
         stage = self.stages.made("coreml", "converting to Core ML", inputs, write)
         return stage, tuple(parse_record(CoreMLPackage, each) for each in read_json(stage, _PACKAGES)["packages"])

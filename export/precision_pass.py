@@ -34,7 +34,7 @@ from latentrelay.export.weight_only import fit_layer
 from latentrelay.runtime.manifest import CoreMLPackage
 from latentrelay.runtime.strict_json import record_to_json
 
-_GRAPH, _RANGES, _COUNT = "model.onnx", "ranges.json", "kernels.json"
+_GRAPH, RANGES, _COUNT = "model.onnx", "ranges.json", "kernels.json"
 COREML = "coreml"
 TEXT_PRECISION = {"fp16": "fp16", **dict.fromkeys(("w8a16", "w8a8", "w4a16", "w4a8"), "w8a16")}
 _RANGE_RUNS = 8  # recorded runs that ranges and Gram matrices are taken from; each has every step of its part
@@ -119,7 +119,7 @@ class PrecisionPass:
             runs = self.calibrated.runs(held_out=False).take(_RANGE_RUNS)
             threads = torch.get_num_threads()
             found = record_ranges(unet / _GRAPH, runs.feeds(self.plan.recipe.solver_table), threads=threads)
-            write_json(folder / _RANGES, found.to_json())
+            write_json(folder / RANGES, found.to_json())
 
         return self.stages.made("ranges", "measuring activations", {**self._calibrated(unet)}, write)
 
@@ -133,7 +133,7 @@ class PrecisionPass:
         inputs |= self._calibrated(unet) if fitted and self.calibrated.two_branches else {}
 
         def write(folder: Path) -> None:
-            measured = None if ranges is None else Ranges.from_json(read_json(ranges, _RANGES))
+            measured = None if ranges is None else Ranges.from_json(read_json(ranges, RANGES))
             fits = self._fits(unet, recipe) if fitted and self.calibrated.two_branches else None
             quantise(unet / _GRAPH, recipe, measured, folder / _GRAPH, fits=fits)
 

@@ -17,7 +17,17 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("latentrelay", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "optimum-onnx", "numpy")
+PACKAGES = (
+    "latentrelay",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "optimum-onnx",
+    "coremltools",
+    "numpy",
+)
 
 
 @pytest.fixture(scope="session")
