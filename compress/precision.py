@@ -52,11 +52,11 @@ MEANING: Mapping[tuple[str, str], str] = {
     ("w4a16", "openvino"): "Linears int4 in groups of 32, computed in float; convolutions int8, widened.",
     ("w4a8", "openvino"): "Linears int4 in groups of 32 with activations quantised as they come; convolutions u8 x s8.",
     ("fp32", "coreml"): "Everything float32; the Neural Engine is not used.",
-    ("fp16", "coreml"): "Everything float16.",
-    ("w8a16", "coreml"): "Weights int8 per output channel; computed in float16.",
-    ("w8a8", "coreml"): "Weights and activations int8 (A17 Pro, M4 and later compute it; others widen to float16).",
-    ("w4a16", "coreml"): "Weights int4 in blocks of 32; computed in float16.",
-    ("w4a8", "coreml"): "Weights int4 in blocks of 32, activations int8.",
+    ("fp16", "coreml"): "Float16; the step's tables, solver and timestep sine float32.",
+    ("w8a16", "coreml"): "Weights int8 per output channel; computed in float16 (iOS 16).",
+    ("w8a8", "coreml"): "Weights int8 per output channel, activations int8 per tensor, symmetric, static (iOS 17).",
+    ("w4a16", "coreml"): "Weights int4 in blocks of 32; computed in float16 (iOS 18).",
+    ("w4a8", "coreml"): "As w4a16, activations int8 per tensor, symmetric, static (iOS 18).",
 }
 """(precision, kernels) -> what it means there, in one sentence."""
 
