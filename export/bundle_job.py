@@ -68,7 +68,7 @@ class BundleJob:
         made = {"text_encoder": self._text_encoder(), "vae_decoder": self._vae_decoder(), "unet": self._unet()}
         parity = self._parity(made, samples)
         refined = self._refined(made, samples)
-        ports_of, spec = self._components(samples, refined), backend_spec(self.profile)
+        ports_of, spec = self._components(samples, refined), backend_spec(self.profile, self.precision)
         with self.stages.timed("layout", "writing configuration, tokenizer and plan"):
             write_layout(self.source.pipeline, self.scheduler, folder, self.vae)
             tokenizer = write_tokenizer(self.source.pipeline.tokenizer, folder / "tokenizer")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrelay.compress.plan import Plan
+from latentrelay.compress.precision import INT4_GROUP
 from latentrelay.device_profiles import DeviceProfile
 from latentrelay.export.bundle_folder import list_files
 from latentrelay.export.parity import Sample
@@ -63,10 +64,12 @@ def _port(name: str, array: Any, free: bool) -> Port:
     return Port(name, _ROLES.get(name, name), str(array.dtype), shape)
 
 
-def backend_spec(profile: DeviceProfile) -> BackendSpec:
+def backend_spec(profile: DeviceProfile, precision: str = "fp32") -> BackendSpec:
     """What runs the ONNX graphs there: OpenVINO where the profile asks for it, else ONNX Runtime with the profile's
     providers and their settings (a profile whose backend is Core ML runs its packages by that, and these as a spare).
     """
+    group = INT4_GROUP if precision == "w4a8" else 0
+    plug_in: Mapping[str, int | str] = {"inference_precision": "f32", "dynamic_quantization_group": group}
     providers = profile.backend.execution_providers
     openvino = profile.backend.name == "openvino"
     return BackendSpec(
@@ -74,7 +77,7 @@ def backend_spec(profile: DeviceProfile) -> BackendSpec:
         tuple(provider.name for provider in providers),
         {
             "intra_op_threads": profile.backend.threads,
-            **({"inference_precision": "f32"} if openvino else MEMORY_OPTIONS),
+            **(plug_in if openvino else MEMORY_OPTIONS),
         },
         {provider.name: dict(provider.options) for provider in providers if provider.options},
     )
@@ -123,7 +126,7 @@ def write_manifest(
         tokenizer=tokenizer,
         components=dict(components),
         files=list_files(folder),
-        backend=backend_spec(profile),
+        backend=backend_spec(profile, str(recipe.quantisation["precision"])),
         parity=parity,
         selftest=selftest,
         decoder=decoder,

@@ -32,8 +32,8 @@ def count_openvino_kernels(graph: Path, recipe: PrecisionRecipe) -> KernelCount:
             found.update({name: (kind, kernel) for name in names if name in recipe.rules})
     convs = linears = 0
     for name, rule in recipe.rules.items():
-        if not rule.integer:
-            continue
+        if not rule.integer or rule.activations == "dynamic":
+            continue  # what is scaled as it comes is rounded inside a kernel that the plug-in calls float
         kind, kernel = found.get(name, ("", "nothing of its name"))
         if not _is_integer(kernel):
             raise UnfusedLayerError(name, kernel, "an i8 kernel")

@@ -109,7 +109,7 @@ class PrecisionPass:
         profile = self.calibrated.profile
         if not self.calibrated.correctable or profile.backend.name == "coreml":
             return plan, self.calibrated.not_fitted()
-        network = {"graph": stage_digest(unet), "backend": record_to_json(backend_spec(profile))}
+        network = {"graph": stage_digest(unet), "backend": record_to_json(backend_spec(profile, self.precision))}
         return self.calibrated.fitted(plan, denoiser, network)
 
     # ---- the U-Net ----------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class PrecisionPass:
             return {}
 
         def write(folder: Path) -> None:
-            options = backend_spec(self.calibrated.profile).session_options
+            options = backend_spec(self.calibrated.profile, self.precision).session_options
             write_json(folder / _COUNT, count_integer_kernels(unet / _GRAPH, recipe, options).to_json())
 
         inputs = {"unet": stage_digest(unet), "recipe": recipe.to_json()}
@@ -180,7 +180,7 @@ class PrecisionPass:
         return self.stages.made("text_encoder_weights", "compressing the text encoder", inputs, write)
 
     def _deployed(self, unet: Path) -> Denoiser:
-        spec = backend_spec(self.calibrated.profile)
+        spec = backend_spec(self.calibrated.profile, self.precision)
         return OnnxDenoiser(unet / _GRAPH, self.plan.recipe.solver_table, spec, *self.calibrated.shapes)
 
 
