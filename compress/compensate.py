@@ -112,6 +112,8 @@ class Compensation:
             return np.stack(columns, axis=1).reshape(len(asked), *table.shape[1:])
 
         mixing = None if self.mixing is None else at(self.mixing)
+        if mixing is not None:
+            mixing[0, :, 2] = 0.0  # the first step has no memory to read
         return Compensation(
             self.method,
             at(self.gain).reshape(size),

@@ -221,7 +221,7 @@ def _check_compensation(tables: Tables, recipe: Recipe) -> None:
     if gain is None or offset is None:
         raise PlanError("tables: compensation_gain and compensation_offset belong together, got one without the other")
     for name, array in (("compensation_gain", gain), ("compensation_offset", offset)):
-        fits = array.ndim == 3 and array.shape[0] == num_steps and array.shape[1] in (1, 2)
+        fits = array.ndim == 3 and array.shape[:2] == (num_steps, 1 if recipe.sampler == "lcm" else 2)
         if array.dtype != np.float64 or not fits or array.shape != gain.shape:
             raise PlanError(
                 f"tables.{name}: got {array.dtype} {array.shape}, expected float64 ({num_steps}, branches, channels)"

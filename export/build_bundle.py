@@ -23,7 +23,7 @@ from latentrelay.compress.solver_tables import solver_table
 from latentrelay.device_profiles import DeviceProfile, load_profile
 from latentrelay.export.architecture import latent_size
 from latentrelay.export.bundle_folder import bundle_folder, check_output
-from latentrelay.export.bundle_job import BundleJob
+from latentrelay.export.bundle_job import BundleJob, versions
 from latentrelay.export.calibration import Calibration, default_calibration
 from latentrelay.export.errors import UnsupportedSourceError
 from latentrelay.export.light_decoder import checked_light_vae
@@ -110,7 +110,7 @@ def export(
     if recipe is not None:
         wanted = _agreed(recipe, precision, target)
     with _work(work, folder) as place:
-        stages = StageStore(place, progress or (lambda words: None))
+        stages = StageStore(place, progress or (lambda words: None), versions())
         with stages.timed("source", "reading the source pipeline"):
             source = load_source(pipeline_or_model)
             cloud = source.pipeline
@@ -137,6 +137,10 @@ def export(
 
 def _agreed(recipe: PrecisionRecipe, precision: str, profile: DeviceProfile) -> str:
     """The recipe's precision; raises RequestError where it is not for this profile's kernels or what was asked for."""
+    if profile.backend.name == "coreml":
+        raise RequestError(
+            "recipes are for ONNX graphs", got=profile.name, do="Leave it out: Core ML has its own rules."
+        )
     if recipe.kernels != profile.backend.kernels:
         raise RequestError(
             "the recipe is for other kernels", got=recipe.kernels, expected=profile.backend.kernels, do="Make it again."
@@ -150,7 +154,10 @@ def _agreed(recipe: PrecisionRecipe, precision: str, profile: DeviceProfile) -> 
 def _work(given: Path | str | None, out: Path) -> Iterator[Path]:
     """The folder of the stages: the one given, or one that is removed at the end."""
     if given is not None:
-        yield Path(given).absolute()
+        place = Path(given).absolute()
+        if place == out or out in place.parents:
+            raise RequestError("the work folder lies in the bundle", got=str(place), expected=f"outside {out}")
+        yield place
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".work", dir=out.parent) as folder:

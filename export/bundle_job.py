@@ -6,6 +6,7 @@ with one setting changed, does only what is missing. The bundle is then put toge
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -88,7 +89,7 @@ class BundleJob:
             )
         parity |= {name: dict(values) for name, values in refined.parity.items()}
         with self.stages.timed("manifest", "writing the self-test and the manifest"):
-            selftest = write_selftest(folder, samples, sessions)
+            selftest = write_selftest(folder, samples, sessions, packaged=bool(refined.coreml))
             digest = write_manifest(
                 folder,
                 name=name,
@@ -263,11 +264,20 @@ def _digest(module: Any) -> str:
     return weights_digest((name, tensor.detach().cpu().numpy()) for name, tensor in module.state_dict().items())
 
 
+def _optional_versions() -> dict[str, str]:
+    """Of those that are not always there."""
+    found = {}
+    for tool in ("onnx-ir", "safetensors", "coremltools", "openvino"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[tool] = metadata.version(tool)
+    return found
+
+
 def versions() -> dict[str, str]:
     """The versions of what makes a bundle, by package."""
     tools = ("latentrelay", "torch", "diffusers", "transformers", "onnx", "onnxruntime", "onnxscript", "numpy")
     try:
-        return {tool: metadata.version(tool) for tool in tools}
+        return {tool: metadata.version(tool) for tool in tools} | _optional_versions()
     except metadata.PackageNotFoundError as error:
         raise ExportError(
             f"{error.name} is not installed as a package", do="Run: pip install latentrelay[export]"

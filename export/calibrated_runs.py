@@ -77,9 +77,16 @@ class CalibratedRuns:
             self.source.digest, network, recipe.sampler, recipe.scheduler_digest, recipe.num_steps, self.guidance
         )
 
+    @cached_property
+    def splits(self) -> tuple[int, ...]:
+        """Where recorded runs leave the cloud: at the first step, and at the profile's default split."""
+        num_steps, default = self.plan.recipe.num_steps, self.profile.defaults
+        split = round(num_steps * default.split / default.num_steps)
+        return (0, split) if 0 < split < num_steps else (0,)
+
     def runs(self, *, held_out: bool) -> Trajectories:
         """Recorded where they are missing; half from the first step, half from a split. Raises RequestError."""
-        table, recipe = self.plan.recipe.solver_table, self.plan.recipe
+        table = self.plan.recipe.solver_table
         if not self.two_branches:
             raise RequestError(
                 "a few-step run cannot be calibrated yet",
@@ -87,17 +94,16 @@ class CalibratedRuns:
                 expected="fp32, fp16, w8a16 or w4a16",
                 do="Give --precision w8a16.",
             )
-        default = self.profile.defaults
-        split = round(recipe.num_steps * default.split / default.num_steps)
         prompts = self.calibration.held_out if held_out else self.calibration.prompts
-        name = f"runs-{json_digest(self.identity.to_json()).removeprefix('sha256:')[:16]}"
+        made_with = json_digest({**self.identity.to_json(), "latent": list(self.latent)})
+        name = f"runs-{made_with.removeprefix('sha256:')[:16]}"
         words = "recording held-out runs" if held_out else "recording runs to calibrate on"
         with self.stages.timed("record", words):
             return record(
                 self.stages.folder / name,
                 prompts,
                 self.calibration.seeds(held_out),
-                (0, split) if 0 < split < recipe.num_steps else (0,),
+                self.splits,
                 PipelineCloud(self.cloud, table, self.guidance, self.latent),
                 TorchDenoiser(self.source.pipeline.unet, table),
                 table,
@@ -109,8 +115,10 @@ class CalibratedRuns:
         """What identifies the first `fit` runs and the first `held_out` held-out ones; None is all."""
         return {
             "runs": self.identity.to_json(),
+            "latent": list(self.latent),
+            "splits": list(self.splits),
             "prompts": [list(self.calibration.prompts[:fit]), list(self.calibration.held_out[:held_out])],
-            "seed": self.calibration.seed,
+            "seeds": [self.calibration.seeds(False)[:fit], self.calibration.seeds(True)[:held_out]],
         }
 
     def fitted(

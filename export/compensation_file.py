@@ -98,5 +98,5 @@ def load_outcome(folder: Path) -> FittedCompensation:
         name, _, table = key.rpartition("/")
         if table:
             candidates[name][table] = array
-    verdict = "dropped: nothing lowered the held-out error" if report["kept"] == PLAIN else "kept"
+    verdict = "dropped: no gain on held-out runs with 95 % confidence" if report["kept"] == PLAIN else "kept"
     return FittedCompensation(report["kept"], report["psnr_db"], candidates, {**report, "verdict": verdict})

@@ -28,11 +28,12 @@ Progress = Callable[[str], None]
 
 @dataclass
 class StageStore:
-    """The stages of one work folder; `seconds` by stage of those that were run, `reused` the names of the others,
-    `places` the folder of each."""
+    """The stages of one work folder; `tools`: versions that every stage depends on; `seconds` by stage of those that
+    were run, `reused` the names of the others, `places` the folder of each."""
 
     folder: Path
     progress: Progress = lambda words: None
+    tools: Mapping[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     reused: list[str] = field(default_factory=list)
     places: dict[str, Path] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class StageStore:
 
     def made(self, name: str, words: str, inputs: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
         """The stage's folder, written by `write(folder)` unless it is there. Whatever `write` raises passes through."""
+        inputs = {**inputs, "tool_versions": dict(self.tools)}
         digest = json_digest(_plain(inputs))
         place = self.folder / f"{name}-{digest.removeprefix('sha256:')[:16]}"
         self.places[name] = place
@@ -57,7 +59,7 @@ class StageStore:
         with self.timed(name, words):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep(name)
-            partial = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=self.folder))
+            partial = Path(tempfile.mkdtemp(prefix=f".{name}.{os.getpid()}.", suffix=".partial", dir=self.folder))
             try:
                 write(partial)
                 record = {"inputs": _plain(inputs), "digest": digest, "files": _files(partial)}
@@ -70,9 +72,21 @@ class StageStore:
         return place
 
     def _sweep(self, name: str) -> None:
-        """What a killed build left unfinished of this stage."""
+        """What a killed build left unfinished of this stage; a build that is under way keeps its own."""
         for left in self.folder.glob(f".{name}.*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
+            owner = left.name.removeprefix(f".{name}.").split(".")[0]
+            if not (owner.isdecimal() and _alive(int(owner))):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return process != os.getpid()
 
 
 def place_files(stage: Path, target: Path) -> None:

@@ -45,6 +45,11 @@ class CoreMLBackend:
                 "unknown Core ML compute units in the manifest", got=self._units, expected=" | ".join(COMPUTE_UNITS)
             )
 
+    @property
+    def roles(self) -> frozenset[str]:
+        """The components that there are packages for."""
+        return frozenset(each.role for each in self._packages)
+
     def load(self, path: Path, component: Component) -> CoreMLGraph:
         """Load the packages of a component's role; `path`, its ONNX graph, is not read. Raises SessionError."""
         packages = sorted((each for each in self._packages if each.role == component.role), key=lambda each: each.part)

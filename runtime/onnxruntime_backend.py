@@ -30,6 +30,16 @@ _LEVELS = {
     "all": "ORT_ENABLE_ALL",
 }
 _ERRORS_ONLY = 3
+# Entries that a bundle may set. Others name files to write or libraries to load, and a bundle comes from elsewhere.
+CONFIG_ENTRIES = (
+    "session.intra_op.allow_spinning",
+    "session.inter_op.allow_spinning",
+    "session.qdqisint8allowed",
+    "session.qdq_matmulnbits_accuracy_level",
+    "session.x64quantprecision",
+    "session.disable_prepacking",
+    "session.use_env_allocators",
+)
 
 
 class OnnxRuntimeBackend:
@@ -109,7 +119,7 @@ def checked_options(provider: str, options: Mapping[str, str]) -> dict[str, str]
     system's loader finds it, not by a path.
     """
     for key, value in options.items():
-        if "/" in value or "\\" in value or value.startswith((".", "~")):
+        if any(mark in value for mark in "/\\:") or value.startswith((".", "~")):
             raise SessionError(
                 f"the bundle's option {key} of {provider} is a path",
                 got=value,
@@ -146,10 +156,10 @@ def _session_options(ort: Any, options: Mapping[str, Any]) -> Any:
         ),
     }
     for key, value in options.items():
-        if key.startswith("config."):
+        if key.removeprefix("config.") in CONFIG_ENTRIES and key.startswith("config."):
             session_options.add_session_config_entry(key.removeprefix("config."), str(value))
         elif key not in setters or (key == "graph_optimization" and value not in _LEVELS):
-            allowed = ", ".join([*setters, "config.<entry>"])
+            allowed = ", ".join([*setters, *(f"config.{entry}" for entry in CONFIG_ENTRIES)])
             raise SessionError("unknown session option in the manifest", got=f"{key}={value}", expected=allowed)
         else:
             setters[key](value)

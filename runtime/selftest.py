@@ -60,6 +60,8 @@ def run_selftest(session: Session) -> SelftestReport:
     inputs, expected = _read(session, spec.path)
     values = {}
     for component, outputs in expected.items():
+        if not session.can_run(component):
+            continue  # Core ML has packages for what a run needs, and the plain U-Net is not among them
         was_open = session.is_open(component)
         got = session.run_component(component, inputs.get(component, {}))
         values[component] = min(snr_db(array, got[name]) for name, array in outputs.items())

@@ -100,6 +100,11 @@ class Session:
         self._providers[component] = self._graphs[component].providers
         self.load_ms += (time.perf_counter() - started) * 1e3
 
+    def can_run(self, component: str) -> bool:
+        """Whether the backend has a graph for a component: Core ML has packages for some only."""
+        roles = getattr(self._backend, "roles", None)
+        return roles is None or component in roles
+
     def release(self, component: str) -> None:
         """Free a component's memory; it is loaded again when used again."""
         self._graphs.pop(component, None)

@@ -85,7 +85,7 @@ def run(
         if sampler is None and reason is not None:
             err.print(f"[yellow]sampler:[/] {reason}")
         chosen = _precision(precision, profile, sampler or own_sampler(source))
-        place = work or output.with_name(output.name + ".work")
+        place = work or output.absolute().with_name(output.absolute().name + ".work")
         result = export(
             source,
             profile,

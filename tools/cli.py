@@ -266,7 +266,7 @@ def build(
         Path | None, typer.Option(help="A file with a rule for every layer; a released student's own if not given.")
     ] = None,
     work: Annotated[
-        Path | None, typer.Option(help="Stages that the next build takes over; OUTPUT.work if not given.")
+        Path | None, typer.Option(help="Stages that the next build takes over, never pruned; OUTPUT.work if not given.")
     ] = None,
     profiles: ProfileFolder = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a bundle that is there.")] = False,

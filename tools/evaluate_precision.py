@@ -114,11 +114,18 @@ def evaluate(
     from latentrelay.tools.sweep_device import Scorer
     from latentrelay.tools.teacher_runs import BATCH, Teacher
 
+    profile = load_profile(device or machine_profile())
+    if profile.backend.name == "coreml":
+        raise RequestError(
+            "the tables of a Core ML profile belong to its packages, which do not run here",
+            got=profile.name,
+            expected="a profile whose backend is onnxruntime or openvino",
+        )
     started = time.perf_counter()
     pipeline = reference.load(Path(resolve(REFERENCE)))
     engine = Engine(pipeline, name=REFERENCE)
     teacher = Teacher(pipeline, engine.digest, num_steps, reference.GUIDANCE, ArrayCache(output / "cache"))
-    shelf = Shelf(pipeline, load_profile(device or machine_profile()), student, num_steps, output)
+    shelf = Shelf(pipeline, profile, student, num_steps, output)
     made = {name: shelf.build(name) for name in wanted if name != SIMULATED}
     bundles = {name: Bundle.open(each.bundle) for name, each in made.items()}
     with Session(bundles[FLOAT], threads=cores()) as states:

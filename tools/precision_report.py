@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 FILES = ("precision.json", "precision.html", "precision.png")
 SHORT = ("precision", "MiB", "ms", "peak MiB", "PSNR dB", "without", "PTQD", "gain", "attributes", "Frechet", "verdict")
+_NEARLY_EQUAL_DB = 100.0
 _TEMPLATE = "precision.html.j2"
 
 
@@ -62,12 +63,15 @@ def plot(document: Mapping[str, Any]) -> bytes:
 
 
 def _bars(axis: Any, rows: list[Mapping[str, Any]]) -> None:
+    top = max([row["psnr_db"] for row in rows if row["psnr_db"] < _NEARLY_EQUAL_DB], default=_NEARLY_EQUAL_DB)
     for i, row in enumerate(rows):
         shipped, without = row["psnr_db"], row["psnr_db_uncompensated"]
         if without is not None:
             axis.bar(i - 0.2, without, 0.38, color="0.7", label="without compensation" if i == 0 else None)
         axis.bar(i + (0.2 if without is not None else 0.0), shipped, 0.38, color="C3" if row["simulated"] else "C0")
-        axis.annotate(f"{shipped:.1f}", (i + 0.2, shipped), ha="center", va="bottom", fontsize=8)
+        label = "equal" if shipped >= _NEARLY_EQUAL_DB else f"{shipped:.1f}"
+        axis.annotate(label, (i + 0.2, min(shipped, 1.02 * top)), ha="center", va="bottom", fontsize=8)
+    axis.set_ylim(0, 1.12 * top)
     labels = [row["precision"] + ("\n(simulated)" if row["simulated"] else "") for row in rows]
     axis.set_xticks(range(len(rows)), labels, fontsize=8)
     axis.set_title("final latents: PSNR to the float run, dB", fontsize=10)

@@ -26,6 +26,8 @@ PACKAGES = (
     "onnxruntime",
     "optimum-onnx",
     "coremltools",
+    "openvino",
+    "nncf",
     "numpy",
 )
 

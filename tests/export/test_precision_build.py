@@ -10,6 +10,7 @@ import onnx
 import pytest
 from latentrelay.compress.plan import Plan
 from latentrelay.compress.precision import PrecisionRecipe
+from latentrelay.device_profiles import load_profile
 from latentrelay.export import ExportResult, export
 from latentrelay.export.calibration import Calibration, default_calibration, split_prompts
 from latentrelay.runtime import Bundle, Session, generate
@@ -104,6 +105,40 @@ def test_a_build_that_was_cut_off_goes_on(wide: Any, work: Path, monkeypatch: py
     done = build(wide, work, "cut", precision="w4a8", work=work / "cut.work")
     assert {"reference_run", "text_encoder", "vae_decoder", "unet", "parity", "ranges"} <= set(done.reused)
     assert "quantise" in done.seconds
+
+
+def test_another_size_and_another_split_share_no_runs(wide: Any, work: Path, w8a8: ExportResult) -> None:
+    done = build(wide, work, "larger", precision="w8a8", height=32, width=16)
+    assert not {"reference_run", "unet", "ranges", "quantise", "compensation"} & set(done.reused)
+    profile = load_profile("x86-laptop-vnni")
+    later = profile.model_copy(update={"defaults": profile.defaults.model_copy(update={"split": 20})})
+    other = export(
+        wide, later, work / "later", precision="w8a8", num_steps=3, calibration=CALIBRATION, work=work / "work"
+    )
+    assert "unet" in other.reused
+    assert not {"ranges", "compensation"} & set(other.reused)
+
+
+def test_a_work_folder_inside_the_bundle_is_refused(wide: Any, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="work folder"):
+        export(wide, "x86-laptop-vnni", tmp_path / "b", work=tmp_path / "b" / "work")
+
+
+def test_an_apple_build_has_packages_with_tables_of_their_own(wide: Any, work: Path) -> None:
+    settings: dict[str, Any] = {"precision": "w8a16", "num_steps": 3, "calibration": CALIBRATION}
+    done = export(wide, "iphone-15-pro", work / "apple", work=work / "work", **settings)
+    packages = {each.role: each for each in Bundle.open(done.bundle).manifest.coreml}
+    assert set(packages) == {"text_encoder", "step_full", "vae_decoder"}
+    assert {each.precision for each in packages.values()} == {"w8a16", "fp16"}
+    assert min(each.parity_db for each in packages.values()) >= 25.0
+    assert all((done.bundle / each.path).is_dir() for each in packages.values())
+    plan = Plan.load(done.bundle)
+    assert {"compensation: ptqd", "compensation: gain"} <= {each.name for each in plan.recipe.corrections}
+    assert done.quality["compensation"]["held_out_runs"] == len(CALIBRATION.held_out)
+    graph = onnx.load(done.bundle / "unet" / "step_full.onnx", load_external_data=False).graph
+    assert not [each.name for each in graph.initializer if "compensation" in each.name]
+    again = export(wide, "iphone-15-pro", work / "apple2", work=work / "work", **settings)
+    assert {"coreml", "compensation"} <= set(again.reused)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "w8a16", "w4a16", "w4a8"])

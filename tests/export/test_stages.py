@@ -71,9 +71,18 @@ def test_a_stage_that_fails_leaves_nothing_and_keeps_what_was_there(tmp_path: Pa
     left = tmp_path / ".unet.killed.partial"  # as a killed process leaves it
     left.mkdir()
     (tmp_path / ".other.killed.partial").mkdir()
+    (tmp_path / ".unet.1.under_way.partial").mkdir()  # process 1 is alive
     store.made("unet", "exporting", {"a": 3}, Counting())
     assert not left.exists()
     assert (tmp_path / ".other.killed.partial").exists()
+    assert (tmp_path / ".unet.1.under_way.partial").exists()
+
+
+def test_another_version_of_a_tool_is_another_stage(tmp_path: Path) -> None:
+    write = Counting()
+    first = StageStore(tmp_path, tools={"onnxruntime": "1.32.0"}).made("kernels", "counting", {}, write)
+    again = StageStore(tmp_path, tools={"onnxruntime": "1.33.0"}).made("kernels", "counting", {}, write)
+    assert (first != again, write.calls) == (True, 2)
 
 
 def test_files_are_placed_without_the_record(tmp_path: Path) -> None:
@@ -81,7 +90,7 @@ def test_files_are_placed_without_the_record(tmp_path: Path) -> None:
     place_files(place, tmp_path / "bundle" / "unet")
     placed = [path.relative_to(tmp_path / "bundle").as_posix() for path in (tmp_path / "bundle").rglob("*.*")]
     assert placed == ["unet/sub/a.txt"]
-    assert json.loads((place / RECORD).read_text())["inputs"] == {}
+    assert json.loads((place / RECORD).read_text())["inputs"] == {"tool_versions": {}}
 
 
 def test_a_torch_run_comes_back_bit_for_bit(tmp_path: Path) -> None:

@@ -81,3 +81,15 @@ def test_a_bundle_may_let_onnx_runtime_spin_beside_xnnpack() -> None:
     options: dict[str, object] = {"config.session.intra_op.allow_spinning": "1"}
     share_threads(options, {}, asked=None)
     assert options["config.session.intra_op.allow_spinning"] == "1"
+
+
+@pytest.mark.parametrize("entry", ["session.collect_node_memory_stats_to_file", "ep.context_file_path"])
+def test_a_bundle_sets_only_entries_that_name_no_file(entry: str, bundle_folder: Path, kit: SimpleNamespace) -> None:
+    kit.reseal(bundle_folder, backend=BackendSpec("onnxruntime", (CPU,), {f"config.{entry}": str(bundle_folder / "x")}))
+    with pytest.raises(SessionError, match="unknown session option"):
+        Session(Bundle.open(bundle_folder)).open("text_encoder")
+    assert not (bundle_folder / "x").exists()
+    known = BackendSpec("onnxruntime", (CPU,), {"config.session.intra_op.allow_spinning": "0"})
+    kit.reseal(bundle_folder, backend=known)
+    with Session(Bundle.open(bundle_folder)) as session:
+        session.open("text_encoder")

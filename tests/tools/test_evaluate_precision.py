@@ -1,4 +1,4 @@
-"""`evaluate --precision`: its words, its measure, its report; and one small run of the reference in two precisions."""
+"""`evaluate --precision`: its words, its measure, its report, and what it refuses (a run takes minutes)."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def test_the_report_holds_every_row(tmp_path: Path) -> None:
         (("--precision", "w9a9"), "w9a9"),
         (("--precision", "w8a8", "--splits", "25"), "split"),
         (("--device", "pixel-8"), "--device"),
+        (("--precision", "w8a8", "--device", "iphone-15-pro"), "packages"),
     ],
 )
 def test_what_does_not_go_together_is_misuse(arguments: tuple[str, ...], words: str, command: Run) -> None:
