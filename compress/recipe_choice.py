@@ -31,7 +31,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class ParetoPoint:
-    """One recipe as measured. `spared`: how many layers it raises; `ms` one call; `ppsnr_db` of the final latents."""
+    """One recipe as measured. `spared`: how many layers it raises; `ms` one call; `psnr_db` of the final latents."""
 
     name: str
     spared: int

@@ -27,6 +27,7 @@ from latentrelay.export.bundle_job import BundleJob, versions
 from latentrelay.export.calibration import Calibration, default_calibration
 from latentrelay.export.errors import UnsupportedSourceError
 from latentrelay.export.light_decoder import checked_light_vae
+from latentrelay.export.package_style import PackageStyle
 from latentrelay.export.source import SourceModel, load_source
 from latentrelay.export.stages import StageStore
 from latentrelay.export.student import with_student
@@ -76,6 +77,7 @@ def export(
     calibration: Calibration | None = None,
     work: Path | str | None = None,
     recipe: PrecisionRecipe | None = None,
+    packages: PackageStyle | None = None,
 ) -> ExportResult:
     """Export a Stable Diffusion pipeline as a bundle for a device.
 
@@ -92,7 +94,8 @@ def export(
     "target" for the profile's own. `calibration`: the prompts that a quantised U-Net's ranges and tables are fitted and
     judged on (`default_calibration()` if not given). `work`: a folder for stages that a later build can take over; with
     None they are made in a temporary folder beside `out` and removed. `recipe`: a rule for every layer, in the place of
-    the precision's plain ones; its precision is the bundle's, and its kernels must be the profile's.
+    the precision's plain ones; its precision is the bundle's, and its kernels must be the profile's. `packages`: how
+    Core ML packages are written, for a profile whose backend is Core ML.
 
     Raises ExportError and its kin (source, architecture, output, parity), UnsupportedSchedulerError, ProfileError,
     RequestError.
@@ -107,6 +110,8 @@ def export(
     wanted = target.target_precision if precision == "target" else precision
     if wanted not in PRECISIONS:
         raise RequestError("unknown precision", got=precision, expected=" | ".join((*PRECISIONS, "target")))
+    if packages is not None and target.backend.name != "coreml":
+        raise RequestError("only a Core ML profile has packages", got=target.name, do="Leave their style out.")
     if recipe is not None:
         wanted = _agreed(recipe, precision, target)
     with _work(work, folder) as place:
@@ -125,7 +130,7 @@ def export(
         rows, columns = latent_size(source.pipeline.unet, height, width, downscale)
         job = BundleJob(
             source, cloud, target, plan, scheduler, rows, columns, downscale, guidance, vae,
-            wanted, calibration or default_calibration(), stages, recipe,
+            wanted, calibration or default_calibration(), stages, recipe, packages or PackageStyle(),
         )  # fmt: skip
         with bundle_folder(folder, overwrite=overwrite) as partial:
             digest, parity_db, refined = job.run(folder.name, partial)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ from latentrelay.export.deployed import DeployedSession
 from latentrelay.export.errors import ExportError
 from latentrelay.export.light_decoder import decoder_spec
 from latentrelay.export.onnx_graphs import UNET_DATA, TextEncoderGraph, UNetGraph, decoder_graph, export_onnx
+from latentrelay.export.package_style import PackageStyle
 from latentrelay.export.parity import Sample, check_components, check_step, collect_samples, open_session
 from latentrelay.export.precision_pass import COREML, PrecisionPass, Refined
 from latentrelay.export.reference_run import ReferenceRun, record_run
@@ -62,6 +63,7 @@ class BundleJob:
     calibration: Calibration
     stages: StageStore
     recipe: PrecisionRecipe | None = None
+    style: PackageStyle = field(default_factory=PackageStyle)
 
     def run(self, name: str, folder: Path) -> tuple[str, dict[str, float], Refined]:
         """Write the bundle into `folder`: its digest, the lowest SNR in dB per component, what the precision took."""
@@ -121,7 +123,9 @@ class BundleJob:
             return refined
         from latentrelay.export.coreml_pass import CoreMLPass  # coremltools takes seconds to import
 
-        packages = CoreMLPass(calibrated, self.vae, self.precision, self.stages, made["unet"], self._keys["run"])
+        packages = CoreMLPass(
+            calibrated, self.vae, self.precision, self.stages, made["unet"], self._keys["run"], self.style
+        )
         return packages.add(refined, samples)
 
     @property

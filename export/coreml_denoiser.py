@@ -34,13 +34,15 @@ class PackageDenoiser:
         plan: Plan,
         latent: Sequence[int],
         states: Sequence[int],
+        *,
+        apple_layout: bool = False,
     ) -> None:
         rule = sampler_rule(plan.recipe.sampler)
         if rule.branches != 2 or plan.tables.compensation_gain is not None:
             raise ExportError(
                 "a package is read back with two guidance branches and no tables", got=plan.recipe.sampler
             )
-        self._plan, self._inputs = plan, step_inputs(rule, latent, states)
+        self._plan, self._inputs = plan, step_inputs(rule, latent, states, apple_layout=apple_layout)
         self._run = open_packages([folder / each.path for each in packages], packages[0].compute_units)
 
     def __call__(self, latents: Floats, step: int, prompt_embeds: Floats) -> Floats:

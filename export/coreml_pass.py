@@ -23,6 +23,7 @@ from latentrelay.export.calibrated_runs import CalibratedRuns, plan_digest
 from latentrelay.export.coreml_bundle import CoreMLParts, parity_method, write_coreml
 from latentrelay.export.coreml_denoiser import PackageDenoiser
 from latentrelay.export.layers import layers_of
+from latentrelay.export.package_style import PackageStyle
 from latentrelay.export.parity import Sample
 from latentrelay.export.precision_pass import RANGES, Refined
 from latentrelay.export.stages import StageStore, read_json, stage_digest
@@ -37,7 +38,7 @@ _FIT, _HELD_OUT = 8, 6  # recorded runs that packages are fitted and judged on
 @dataclass(frozen=True)
 class CoreMLPass:
     """`unet`: the stage of the float U-Net's graph, for the names of its layers; `run`: what the torch run depends on;
-    `vae`: the one whose decoder ships."""
+    `vae`: the one whose decoder ships; `style`: how packages are written where it is the user's choice."""
 
     calibrated: CalibratedRuns
     vae: Any
@@ -45,6 +46,7 @@ class CoreMLPass:
     stages: StageStore
     unet: Path
     run: Mapping[str, Any]
+    style: PackageStyle
 
     def add(self, refined: Refined, samples: Mapping[str, list[Sample]]) -> Refined:
         """`refined` with packages. Raises ConversionError, DeploymentTargetError, ParityError."""
@@ -72,7 +74,17 @@ class CoreMLPass:
             parts = CoreMLParts(pipeline.unet, pipeline.text_encoder, self.vae)
             progress = self.stages.progress
             made = write_coreml(
-                folder, parts, plan, profile, self.precision, samples, rules=rules, ranges=ranges, progress=progress
+                folder,
+                parts,
+                plan,
+                profile,
+                self.precision,
+                samples,
+                rules=rules,
+                ranges=ranges,
+                encoding=self.style.encoding,
+                apple_layout=self.style.apple_layout,
+                progress=progress,
             )
             write_json(folder / _PACKAGES, {"packages": [record_to_json(each) for each in made]})
 
@@ -82,6 +94,7 @@ class CoreMLPass:
             "precision": self.precision,
             "profile": profile.model_dump(mode="json"),
             "method": parity_method(),
+            "style": dataclasses.asdict(self.style),
             "ranges": None if measured is None else stage_digest(measured),
         }
         stage = self.stages.made("coreml", "converting to Core ML", inputs, write)
@@ -93,7 +106,7 @@ class CoreMLPass:
         if not self.calibrated.correctable:
             return plan, self.calibrated.not_fitted()
         step = [each for each in packages if each.role == "step_full"]
-        denoiser = PackageDenoiser(stage, step, plan, *self.calibrated.shapes)
+        denoiser = PackageDenoiser(stage, step, plan, *self.calibrated.shapes, apple_layout=self.style.apple_layout)
         run = next(iter(self.calibrated.runs(held_out=False)))
         denoiser(run.latents[0], run.split, run.prompt_embeds)  # warms up
         started = time.perf_counter()

@@ -53,6 +53,8 @@ def run(
     prompts: Path | None = None,
     work: Path | None = None,
     recipe: Path | None = None,
+    coreml_encoding: str | None = None,
+    apple_layout: bool = False,
 ) -> None:
     """Build and print.
 
@@ -99,6 +101,7 @@ def run(
             progress=lambda words: advance(words, 1),
             overwrite=overwrite,
             precision=chosen,
+            packages=_packages(coreml_encoding, apple_layout),
             recipe=_recipe(recipe, parts.get("student"), chosen, profile),
             calibration=calibration(model, prompts),
             work=place,
@@ -136,6 +139,13 @@ def _precision(asked: str, profile: DeviceProfile, sampler: str) -> str:
         err.print(f"[yellow]precision:[/] {target[:2]}a16, not {target}: few-step runs are not calibrated yet")
         return f"{target[:2]}a16"
     return target
+
+
+def _packages(encoding: str | None, apple_layout: bool) -> Any:
+    """The style asked for, None where nothing was."""
+    from latentrelay.export.package_style import PackageStyle
+
+    return PackageStyle(encoding, apple_layout) if encoding is not None or apple_layout else None
 
 
 def _recipe(given: Path | None, student: Any, precision: str, profile: DeviceProfile) -> PrecisionRecipe | None:

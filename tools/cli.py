@@ -262,6 +262,12 @@ def build(
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts to calibrate on, one a line; plain ones if not given.")
     ] = None,
+    coreml_encoding: Annotated[
+        str | None, typer.Option(help="Core ML weights as linear8, linear4_block32, palette8, palette6, palette4, ...")
+    ] = None,
+    apple_layout: Annotated[
+        bool, typer.Option("--apple-layout", help="Core ML prompt states as (B, D, 1, T), as Apple's own U-Nets.")
+    ] = False,
     recipe: Annotated[
         Path | None, typer.Option(help="A file with a rule for every layer; a released student's own if not given.")
     ] = None,
@@ -303,6 +309,8 @@ def build(
         prompts=prompts,
         work=work,
         recipe=recipe,
+        coreml_encoding=coreml_encoding,
+        apple_layout=apple_layout,
     )
 
 

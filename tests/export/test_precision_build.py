@@ -13,6 +13,7 @@ from latentrelay.compress.precision import PrecisionRecipe
 from latentrelay.device_profiles import load_profile
 from latentrelay.export import ExportResult, export
 from latentrelay.export.calibration import Calibration, default_calibration, split_prompts
+from latentrelay.export.package_style import PackageStyle
 from latentrelay.runtime import Bundle, Session, generate
 from latentrelay.runtime.errors import RequestError
 
@@ -139,6 +140,14 @@ def test_an_apple_build_has_packages_with_tables_of_their_own(wide: Any, work: P
     assert not [each.name for each in graph.initializer if "compensation" in each.name]
     again = export(wide, "iphone-15-pro", work / "apple2", work=work / "work", **settings)
     assert {"coreml", "compensation"} <= set(again.reused)
+    with pytest.raises(RequestError, match="palette5"):
+        PackageStyle("palette5")
+    with pytest.raises(RequestError, match="only a Core ML profile"):
+        export(wide, "pixel-8", work / "no", packages=PackageStyle("palette6"))
+    style = PackageStyle("palette6", apple_layout=True)
+    styled = export(wide, "iphone-15-pro", work / "styled", work=work / "work", packages=style, **settings)
+    step = next(each for each in styled.coreml if each.role == "step_full")
+    assert {port.name: port.shape for port in step.inputs}["prompt_embeds"] == (2, 32, 1, 16)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "w8a16", "w4a16", "w4a8"])
