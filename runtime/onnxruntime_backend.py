@@ -32,6 +32,7 @@ _LEVELS = {
 _ERRORS_ONLY = 3
 # Entries that a bundle may set. Others name files to write or libraries to load, and a bundle comes from elsewhere.
 CONFIG_ENTRIES = (
+    "session.force_spinning_stop",
     "session.intra_op.allow_spinning",
     "session.inter_op.allow_spinning",
     "session.qdqisint8allowed",
