@@ -160,5 +160,5 @@ def plan_digest(plan: Plan) -> str:
 
 
 def _relative(psnr_db: float) -> float:
-    """Decibels as an error: root mean square over the peak."""
-    return round(float(10 ** (-psnr_db / 20)), 6)
+    """Decibels as an error: root mean square over the peak; a run that stopped being numbers counts as 1e9."""
+    return round(float(10 ** (-max(psnr_db, -180.0) / 20)), 6)

@@ -6,6 +6,7 @@ were dropped are kept too, for reports that compare them on other prompts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +76,10 @@ def save_outcome(folder: Path, outcome: Outcome) -> None:
         folder / SCORES,
         {
             "kept": outcome.name,
-            "gain_db": round(gain, 3),
-            "gain_db_95": [round(low, 3), round(high, 3)],
+            "gain_db": _number(gain),
+            "gain_db_95": [_number(low), _number(high)],
             "held_out_runs": len(outcome.scores[PLAIN].psnr_db),
-            "psnr_db": {name: round(score.mean, 3) for name, score in outcome.scores.items()},
+            "psnr_db": {name: _number(score.mean) for name, score in outcome.scores.items()},
             "rows": {name: list(each.rows) for name, each in outcome.candidates.items()},
         },
     )
@@ -90,13 +91,19 @@ def save_outcome(folder: Path, outcome: Outcome) -> None:
     save_file(arrays or {"": np.zeros(0)}, folder / TABLES)
 
 
+def _number(value: float) -> float | None:
+    """For JSON: None where one held-out run gives no interval, or a candidate's run stopped being numbers."""
+    return round(value, 3) if math.isfinite(value) else None
+
+
 def load_outcome(folder: Path) -> FittedCompensation:
     """What `save_outcome` wrote."""
     report = read_json(folder, SCORES)
+    scores = {name: -math.inf if score is None else score for name, score in report["psnr_db"].items()}
     candidates: dict[str, dict[str, NDArray[np.float64]]] = {name: {} for name in report["psnr_db"]}
     for key, array in load_file(folder / TABLES).items():
         name, _, table = key.rpartition("/")
         if table:
             candidates[name][table] = array
     verdict = "dropped: no gain on held-out runs with 95 % confidence" if report["kept"] == PLAIN else "kept"
-    return FittedCompensation(report["kept"], report["psnr_db"], candidates, {**report, "verdict": verdict})
+    return FittedCompensation(report["kept"], scores, candidates, {**report, "verdict": verdict})

@@ -120,6 +120,14 @@ def test_another_size_and_another_split_share_no_runs(wide: Any, work: Path, w8a
     assert not {"ranges", "compensation"} & set(other.reused)
 
 
+def test_one_held_out_prompt_decides_nothing_and_breaks_nothing(wide: Any, work: Path) -> None:
+    alone = Calibration(("a red cat", "the cat"), ("a cat",))
+    done = export(wide, "x86-laptop-vnni", work / "alone", precision="w8a8", num_steps=2, calibration=alone)
+    assert done.quality["compensation"]["kept"] == "none"
+    assert done.quality["compensation"]["gain_db_95"] in ([None, None], [0.0, 0.0])
+    assert Plan.load(done.bundle).tables.compensation_gain is None
+
+
 def test_a_work_folder_inside_the_bundle_is_refused(wide: Any, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="work folder"):
         export(wide, "x86-laptop-vnni", tmp_path / "b", work=tmp_path / "b" / "work")
