@@ -90,6 +90,11 @@ class CoreMLGraph:
                 outputs = model.predict({port.name: _input(port, made, by_role) for port in package.inputs})
             except Exception as error:  # as above
                 raise SessionError(f"Core ML failed in {package.path}: {error}") from error
+            missing = [port.name for port in package.outputs if port.name not in outputs]
+            if missing:
+                raise SessionError(
+                    f"{package.path} has other outputs than the manifest", got=sorted(outputs), expected=missing[0]
+                )
             made |= {port.name: np.array(outputs[port.name], copy=True) for port in package.outputs}
         names = {port.role: port.name for package, _, _ in self._parts for port in package.outputs}
         return {port.name: _output(port, names, made) for port in self._component.outputs}

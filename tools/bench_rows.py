@@ -170,7 +170,8 @@ def _bundle(row: Row, folder: Path, threads: int) -> Opened:
     bundle = Bundle.open(folder, verify=False)
     spec, component = bundle.manifest.backend, bundle.manifest.components["step_full"]
     if row.library == "openvino":
-        spec = BackendSpec("openvino", spec.providers, {"inference_precision": row.precision})
+        own = spec.session_options if spec.name == row.library else {}
+        spec = BackendSpec("openvino", spec.providers, {**own, "inference_precision": row.precision})
     elif spec.name == row.library:
         calm = {f"config.{key}": value for key, value in CALM.items()}
         spec = replace(spec, session_options={**spec.session_options, **calm})

@@ -21,7 +21,7 @@ ROUNDS, WARM_UPS, STEPS = 15, 2, 3
 def step_times(bundles: Mapping[str, Bundle], threads: int) -> dict[str, dict[str, Any]]:
     """Each round runs every bundle's step graph STEPS times, in an order that moves on; medians over rounds."""
     laps: dict[str, list[float]] = {name: [] for name in bundles}
-    shares: list[float] = []
+    shares: dict[str, list[float]] = {name: [] for name in bundles}
     with ExitStack() as stack:
         sessions = {name: stack.enter_context(Session(bundle, threads=threads)) for name, bundle in bundles.items()}
         feeds = {name: _sample(bundle) for name, bundle in bundles.items()}
@@ -35,12 +35,12 @@ def step_times(bundles: Mapping[str, Bundle], threads: int) -> dict[str, dict[st
                 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
                 if turn >= 0:
                     laps[name].append(wall * 1e3 / STEPS)
-                    shares.append(min(1.0, cpu / (wall * threads)))
+                    shares[name].append(min(1.0, cpu / (wall * threads)))
     return {
         name: {
             "median_ms": round(statistics.median(each), 3),
             "spread_ms": round(max(each) - min(each), 3),
-            "cpu_share": round(statistics.median(shares), 3),
+            "cpu_share": round(statistics.median(shares[name]), 3),
         }
         for name, each in laps.items()
     }
