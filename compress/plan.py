@@ -17,15 +17,17 @@ from typing import Any, Literal
 import numpy as np
 from latentrelay.compress.errors import PlanError
 from latentrelay.compress.plan_json import parse_plan_record, plan_record_to_json
+from latentrelay.compress.plan_prediction import check_prediction
 from latentrelay.compress.solver_tables import SolverRow, SolverTable
 from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
 _OLDER: dict[str, dict[str, Any]] = {  # what a recipe of an older version says by leaving it out
-    "1.0": {"compression": {}},
-    "1.1": {},
+    "1.0": {"compression": {}, "prediction": {}},
+    "1.1": {"prediction": {}},
+    "1.2": {"prediction": {}},
 }
 PLAN_JSON, PLAN_TABLES = "plan.json", "plan.safetensors"
 
@@ -64,6 +66,8 @@ class Recipe:
 
     `compression` is what was done to the source's networks (see tools/compress.py for its keys); empty: nothing.
     `quantisation` holds `precision` and, where it is not fp32, the rule of every layer (see compress/precision.py).
+    `prediction` says what the predicted steps of `splits` predict and how, and why (compress/prediction_gate.py); its
+    `rows` are the splits' rows of the mask-dependent tables. Empty where every step is computed.
     """
 
     source: PlanSource
@@ -79,6 +83,7 @@ class Recipe:
     quantisation: Mapping[str, Any] = field(default_factory=lambda: {"precision": "fp32"})
     corrections: tuple[Evidence, ...] = ()
     compression: Mapping[str, Any] = field(default_factory=dict)
+    prediction: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def solver_table(self) -> SolverTable:
@@ -94,12 +99,25 @@ class Tables:
     (N, branches, C) or both None: the network's output q is corrected to (1 - K) q - b; rows of zeros change nothing.
     `compensation_mixing` (N, 2, 3, C), with them or None, is subtracted too: per branch, times the other branch's
     output, the step's latents and the solver's memory (zeros in row 0 and where the solver has none).
+
+    Predicted steps, all by split row and step, (R, N, ...), row 0 for a run without any: `ladder_update` (M, 1 + M), at
+    a computed step rung o becomes U[o, 0] y + sum U[o, 1 + p] L_p; `candidates` (P, M), a predicted step's rows of
+    coefficients over the rungs; `rectifier_gain`, `rectifier_offset` (2, C) and `rectifier_mixing` (2, 1 + 2 M, C), as
+    the compensation's, mixing over the other branch, the latents, the memory and the branches' rungs from 1 on;
+    `grid_solver` (7), in SolverRow's order, and `grid_timesteps` (), another grid in the place of the recipe's.
     """
 
     guidance_multiplier: NDArray[np.float64]
     compensation_gain: NDArray[np.float64] | None = None
     compensation_offset: NDArray[np.float64] | None = None
     compensation_mixing: NDArray[np.float64] | None = None
+    ladder_update: NDArray[np.float64] | None = None
+    candidates: NDArray[np.float64] | None = None
+    rectifier_gain: NDArray[np.float64] | None = None
+    rectifier_offset: NDArray[np.float64] | None = None
+    rectifier_mixing: NDArray[np.float64] | None = None
+    grid_solver: NDArray[np.float64] | None = None
+    grid_timesteps: NDArray[np.float64] | None = None
 
     def arrays(self) -> dict[str, NDArray[np.float64]]:
         """Those that are there, by name."""
@@ -209,6 +227,7 @@ def _check(plan: Plan) -> None:
         got = f"{multiplier.dtype} {multiplier.shape}"
         raise PlanError(f"tables.guidance_multiplier: got {got}, expected float64 ({recipe.num_steps},)")
     _check_compensation(plan.tables, recipe)
+    check_prediction(plan)
     numbers = [value for row in recipe.solver for value in dataclasses.astuple(row)]
     if not (np.isfinite(numbers).all() and np.isfinite(multiplier).all()):
         raise PlanError("the plan holds NaN or Inf, expected finite numbers. Fit the tables again.")

@@ -20,8 +20,8 @@ from latentrelay.runtime.strict_json import check_schema_version, parse_record, 
 
 MANIFEST_NAME = "manifest.json"
 # 1.1: one guidance branch, the `noise` input, `decoder`. 1.2: precision by component, provider options, a self-test's
-# tolerance by component, Core ML packages. Older ones still load.
-SCHEMA_VERSION = "1.2"
+# tolerance by component, Core ML packages. 1.3: predicted steps. Older ones still load.
+SCHEMA_VERSION = "1.3"
 MAX_MANIFEST_BYTES = 4 * 2**20
 REQUIRED_COMPONENTS = ("text_encoder", "step_full", "vae_decoder")
 DTYPES = ("float32", "float16", "int64", "int32")
@@ -174,6 +174,36 @@ class SelftestSpec:
 
 
 @dataclass(frozen=True)
+class StepMask:
+    """One split whose run has predicted steps: "full" or "predicted" for each device step split .. N-1, and the row of
+    the mask-dependent tables that its graphs read."""
+
+    split: int
+    row: int
+    mask: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PredictionSpec:
+    """Which steps the device predicts instead of computing them, and what its loop must keep between steps.
+
+    `target` "whole_output" (the network's output is predicted) or "deep_feature" (its deep part's); `probe` and
+    `metric` where the predictor is chosen by token; `feature_shape` and `probe_shape` (rungs, 2, channels, rows,
+    columns) of the ladders, in `ladder_dtype`. A run from a split without a mask computes every step, with row 0.
+    Where a predicted step's probe_error exceeds `fallback_threshold` it is computed after all; None: never.
+    """
+
+    target: str
+    feature_shape: tuple[int, ...]
+    masks: tuple[StepMask, ...]
+    ladder_dtype: str = "float32"
+    probe: str | None = None
+    metric: str | None = None
+    probe_shape: tuple[int, ...] | None = None
+    fallback_threshold: float | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The whole manifest. Build one without `digest`, then `sealed()` fills it in."""
 
@@ -196,6 +226,7 @@ class Manifest:
     selftest: SelftestSpec | None = None
     decoder: DecoderSpec | None = None
     coreml: tuple[CoreMLPackage, ...] = ()
+    prediction: PredictionSpec | None = None
     additional_metadata: Mapping[str, Any] = field(default_factory=dict)
     schema_version: str = SCHEMA_VERSION
     digest: str = ""

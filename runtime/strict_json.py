@@ -93,6 +93,8 @@ def _fits(hint: Any, value: object) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, list)
     return isinstance(value, hint) if isinstance(hint, type) else False
 
 
