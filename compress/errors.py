@@ -9,6 +9,7 @@ CompressError
 |- PlanError                   a Plan on disk or in memory does not follow the schema
 |- TrajectoryError             recorded runs cannot be made, cannot be read, or belong to another model or schedule
 |- CompensationError           a compensation does not fit the model, the sampler or the schedule it is asked for
+|- PredictionError             a mask, a ladder or a prediction of steps contradicts itself or the schedule
 """
 
 from __future__ import annotations
@@ -98,3 +99,9 @@ class TrajectoryError(CompressError):
 
 class CompensationError(TrajectoryError):
     """A compensation cannot be fitted, or was fitted for another model, sampler or schedule."""
+
+
+class PredictionError(CompressError):
+    """A mask, a ladder or a prediction of steps contradicts itself, the schedule or the network."""
+
+    exit_status = 3
