@@ -4,11 +4,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from latentrelay.compress.solver_tables import solver_table
 from latentrelay.compress.student_unet import StudentUNet2DConditionModel
 from latentrelay.export.errors import UnsupportedSourceError
+from latentrelay.export.staged_torch import StagedTorch
 from latentrelay.export.staged_unet import FullUNet, ProbeUNet, ShallowUNet, check_stages, probes_of
 from latentrelay.reference import students
 from torch import Tensor
@@ -144,3 +147,26 @@ def test_free_u_and_a_scaled_shift_are_refused_by_name() -> None:
     ShallowUNet(shifted, "P0")
     with pytest.raises(UnsupportedSourceError, match="first resnet, for a probe"):
         ShallowUNet(shifted, "P1")
+
+
+def test_the_staged_denoiser_scales_its_input_and_looks_the_timestep_up() -> None:
+    unet: Any = stock()
+    scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1)
+    table = solver_table(scheduler, 6)
+    staged = StagedTorch(unet, table, "P2")
+    rng = np.random.default_rng(0)
+    latents, states = (rng.standard_normal(shape, dtype=np.float32) for shape in ((1, 4, 8, 8), (2, 7, 24)))
+    step = 3
+    assert table.rows[step].s != 1.0
+    sample = torch.from_numpy(latents * np.float32(table.rows[step].s)).repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        timestep = torch.tensor(table.timesteps[step], dtype=torch.float32)
+        expected = unet(sample, timestep, torch.from_numpy(states), return_dict=False)[0].numpy()
+    made = staged.full(latents, step, states)
+    np.testing.assert_array_equal(made.noise_pred, expected)
+    np.testing.assert_array_equal(staged.shallow(latents, step, states, made.feature), expected)
+    np.testing.assert_array_equal(staged.probe(latents, step, states), made.probe)
+    without = StagedTorch(unet, table, None)
+    assert without.full(latents, step, states).probe is None
+    with pytest.raises(ValueError, match="without a probe"):
+        without.probe(latents, step, states)
