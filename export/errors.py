@@ -10,6 +10,7 @@ LatentRelayError
    |- RangeExplodedError      an activation's range explodes at one step; see `.layer`, `.step` and `.times`
    |- UnfusedLayerError       a layer that the recipe wants in integer runs in float; see `.layer`
    |- LayerRuleError            a layer cannot be stored or computed as its rule says; see `.layer`
+   |- CutError                  a U-Net's graph cannot be cut at one place; `.place` names it
    |- ConversionError           coremltools cannot convert a component; the message names the operator
    |- DeploymentTargetError     Core ML at the deployment target lacks an operator; see `.operator` and `.needs`
    `- UnknownOperatorError      the interpreter of Core ML programs lacks an operator; see `.operator` and `.output`
@@ -106,6 +107,21 @@ class LayerRuleError(ExportError):
     def __init__(self, layer: str, what: str, *, got: object = None, expected: object = None) -> None:
         super().__init__(f"{layer}: {what}", got=got, expected=expected, do="Choose another precision for this layer.")
         self.layer = layer
+
+
+class CutError(ExportError):
+    """A U-Net's graph cannot be cut: one place in it is not what it must be; `.place` names it."""
+
+    exit_status = REFUSED
+
+    def __init__(self, place: str, *, got: object, expected: object) -> None:
+        super().__init__(
+            f"this graph cannot be cut: {place}",
+            got=got,
+            expected=expected,
+            do="Export the U-Net with this project, or build without predicted steps.",
+        )
+        self.place = place
 
 
 class ActivationError(ExportError):
