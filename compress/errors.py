@@ -10,6 +10,7 @@ CompressError
 |- TrajectoryError             recorded runs cannot be made, cannot be read, or belong to another model or schedule
 |- CompensationError           a compensation does not fit the model, the sampler or the schedule it is asked for
 |- PredictionError             a mask, a ladder or a prediction of steps contradicts itself or the schedule
+|- ScheduleError               a mask, an error matrix or an adjusted grid is asked for that there cannot be
 """
 
 from __future__ import annotations
@@ -105,3 +106,10 @@ class PredictionError(CompressError):
     """A mask, a ladder or a prediction of steps contradicts itself, the schedule or the network."""
 
     exit_status = 3
+
+
+class ScheduleError(CompressError):
+    """No such schedule: a budget that the segment or the cap rules out, an error matrix without these steps, a grid
+    that does not fall."""
+
+    exit_status = 2

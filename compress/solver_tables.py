@@ -87,6 +87,13 @@ def solver_table(scheduler: Any, num_steps: int) -> SolverTable:
     Supported: DPMSolverMultistepScheduler (dpmsolver++, order 1 or 2), DDIMScheduler (eta 0), EulerDiscreteScheduler,
     LCMScheduler; epsilon and v prediction. Raises UnsupportedSchedulerError naming the class or the setting otherwise.
     """
+    probe = prepared(scheduler, num_steps)
+    timesteps = tuple(_plain_number(timestep) for timestep in probe.timesteps)
+    return SolverTable(read_rows(probe), timesteps, float(probe.init_noise_sigma))
+
+
+def prepared(scheduler: Any, num_steps: int) -> Any:
+    """A copy of a supported scheduler with its run of `num_steps` steps set and its tables in double."""
     check_supported(scheduler)
     if num_steps < 1:
         raise UnsupportedSchedulerError("num_steps", got=num_steps, expected="at least 1")
@@ -96,9 +103,12 @@ def solver_table(scheduler: Any, num_steps: int) -> SolverTable:
     except ValueError as error:  # LCM has no more steps than its training schedule had
         raise UnsupportedSchedulerError("num_steps", got=num_steps, expected=str(error)) from error
     _use_double(probe)
-    rows = tuple(_read_row(probe, step, timestep) for step, timestep in enumerate(probe.timesteps))
-    timesteps = tuple(_plain_number(timestep) for timestep in probe.timesteps)
-    return SolverTable(rows, timesteps, float(probe.init_noise_sigma))
+    return probe
+
+
+def read_rows(probe: Any) -> tuple[SolverRow, ...]:
+    """The rows of a prepared scheduler, which has stepped through its run afterwards; its tables may be others' own."""
+    return tuple(_read_row(probe, step, timestep) for step, timestep in enumerate(probe.timesteps))
 
 
 def check_supported(scheduler: Any) -> None:
