@@ -203,7 +203,7 @@ def fit_closed_loop(
             latents, memory = states[i]
             outputs[i] = denoiser(latents, step, run.prompt_embeds)
             target = run.latents[step + 1 - run.split]
-            error = guided(outputs[i], guidance) - _wanted(table.rows[step], latents, memory, target)
+            error = guided(outputs[i], guidance) - wanted(table.rows[step], latents, memory, target)
             power = max(float(np.mean(np.square(error, dtype=np.float64))), _LEAST_POWER)
             both = np.concatenate([error, error])  # all of it in the unconditional error; nothing in the direction's
             moments.add(step, outputs[i], both, latents, _read_memory(table, memory), 1.0 / power)
@@ -228,8 +228,8 @@ def advance(
     return Start(max(first, run.split), latents, memory, run.prompt_embeds)
 
 
-def _wanted(row: SolverRow, latents: Floats, memory: Floats | None, target: Floats) -> Floats:
-    """The e (1, C, h, w) with which the row gives the target."""
+def wanted(row: SolverRow, latents: Floats, memory: Floats | None, target: Floats) -> Floats:
+    """The e (1, C, h, w) with which the row takes latents and memory to the target latents."""
     rest = target.astype(np.float64) - row.a * latents
     if row.c != 0.0 and memory is not None:
         rest = rest - row.c * memory

@@ -58,11 +58,18 @@ def regress(moments: Doubles, regressors: tuple[Regressor, ...], target: Doubles
     chosen = [REGRESSORS.index(name) for name in regressors]
     gram = moments[:, chosen][:, :, chosen]
     products = moments[:, chosen, _COUNT:] @ target  # (C, chosen)
-    power = np.einsum("cii->ci", gram)
-    silent = np.where(power > 0.0, 0.0, 1.0)  # a regressor that is always 0 gets 0, not a singular matrix
-    damped = gram + np.einsum("ci,ij->cij", ridge * power + silent, np.eye(len(chosen)))
     found = np.zeros((len(moments), _COUNT))
-    found[:, chosen] = np.linalg.solve(damped, products[..., None])[..., 0]
+    found[:, chosen] = damped_least_squares(gram, products, ridge)
+    return found
+
+
+def damped_least_squares(gram: Doubles, products: Doubles, ridge: float = RIDGE) -> Doubles:
+    """Per channel: gram (C, R, R), products (C, R) -> coefficients (C, R). `ridge` is relative to each regressor's own
+    power; one that is always 0 gets 0."""
+    power = np.einsum("cii->ci", gram)
+    silent = np.where(power > 0.0, 0.0, 1.0)  # not a singular matrix
+    damped = gram + np.einsum("ci,ij->cij", ridge * power + silent, np.eye(gram.shape[1]))
+    found: Doubles = np.linalg.solve(damped, products[..., None])[..., 0]
     return found
 
 

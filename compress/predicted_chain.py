@@ -194,7 +194,7 @@ def rectified(prediction: Prediction, q: Floats, step: int, state: RunState) -> 
     gain, offset, mixing = (each[step] for each in (prediction.gain, prediction.offset, prediction.mixing))
     if not (gain.any() or offset.any() or mixing.any()):
         return q
-    found = q * (1.0 - gain).astype(np.float32)[..., None, None] - offset.astype(np.float32)[..., None, None]
+    found: Floats = q * (1.0 - gain).astype(np.float32)[..., None, None] - offset.astype(np.float32)[..., None, None]
     row = mixing.astype(np.float32)[..., None, None]  # (2, 3 + 2 M, C, 1, 1)
     for j in range(row.shape[1]):
         if row[:, j].any():
