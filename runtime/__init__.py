@@ -16,7 +16,8 @@ from latentrelay.runtime.handoff_request import HandoffRequest
 from latentrelay.runtime.manifest import Manifest
 from latentrelay.runtime.noise import initial_noise
 from latentrelay.runtime.selftest import SelftestReport
-from latentrelay.runtime.session import Session, StepEvent
+from latentrelay.runtime.session import Session
+from latentrelay.runtime.step_loop import StepEvent
 
 __all__ = [
     "MEDIA_TYPE",

@@ -2,7 +2,7 @@
 
 ONNX Runtime, OpenVINO and Core ML implement them, one file each and one line in `open_backend`; the library is imported
 when its backend is opened. A graph is called by port names with NumPy arrays and returns fresh arrays that nothing else
-holds.
+holds, but for outputs that the caller brought arrays for: those are written in place.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ class Graph(Protocol):
     def providers(self) -> tuple[str, ...]:
         """The execution providers that the backend really set up, first choice first."""
 
-    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """Run once: arrays by input name in, by output name out. Raises SessionError."""
+    def run(self, inputs: Arrays, outputs: Arrays | None = None) -> dict[str, NDArray[Any]]:
+        """Run once: arrays by input name in, by output name out.
+
+        `outputs`: arrays by output name that the results are written into; they are what is returned under those names.
+        Raises RequestError on arrays that do not fit, SessionError.
+        """
 
 
 class Backend(Protocol):
@@ -107,6 +111,27 @@ def fitted(component: Component, inputs: Arrays) -> dict[str, NDArray[Any]]:
             raise RequestError(f"{component.role}: {port.name} has a wrong shape", got=array.shape, expected=port.shape)
         feeds[port.name] = array
     return feeds
+
+
+def writable(component: Component, feeds: Arrays, outputs: Arrays | None) -> dict[str, NDArray[Any]]:
+    """The caller's arrays for outputs, checked: declared, of their dtype and shape, in C order, and apart from each
+    other and from every input. Raises RequestError."""
+    ports = {port.name: port for port in component.outputs}
+    taken = list(feeds.values())
+    for name, array in (outputs or {}).items():
+        if name not in ports:
+            raise RequestError(f"{component.role} has no such output", got=name, expected=list(ports))
+        port, flags = ports[name], array.flags
+        if array.dtype != port.dtype or not _shape_fits(port, array.shape):
+            got, expected = f"{array.dtype} {array.shape}", f"{port.dtype} {port.shape}"
+            raise RequestError(f"{component.role}: the array for {name} does not fit", got=got, expected=expected)
+        if not (flags.c_contiguous and flags.writeable) or any(np.may_share_memory(array, other) for other in taken):
+            raise RequestError(
+                f"{component.role}: the array for {name} cannot be written",
+                expected="a writable array in C order that shares no memory with another one of the call",
+            )
+        taken.append(array)
+    return dict(outputs or {})
 
 
 def _shape_fits(port: Port, shape: tuple[int, ...]) -> bool:

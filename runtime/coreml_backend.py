@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latentrelay.runtime.backend import Arrays, fitted
+from latentrelay.runtime.backend import Arrays, fitted, writable
 from latentrelay.runtime.errors import BackendUnavailableError, MissingExtraError, SessionError
 from latentrelay.runtime.manifest import BackendSpec, Component, CoreMLPackage, Port
 from numpy.typing import NDArray
@@ -80,24 +80,28 @@ class CoreMLGraph:
         """The compute units that were asked for; which of them ran a layer is the system's choice and not told."""
         return tuple(dict.fromkeys(f"CoreML {units}" for _, _, units in self._parts))
 
-    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """Run once; raises RequestError on inputs that do not fit, SessionError when the run fails."""
+    def run(self, inputs: Arrays, outputs: Arrays | None = None) -> dict[str, NDArray[Any]]:
+        """Run once; see `Graph`. Core ML makes its own outputs, and arrays for outputs get a copy."""
         feeds = fitted(self._component, inputs)
+        given = writable(self._component, feeds, outputs)
         by_role = {port.role: feeds[port.name] for port in self._component.inputs}
         made: dict[str, NDArray[Any]] = {}
         for package, model, _ in self._parts:
             try:
-                outputs = model.predict({port.name: _input(port, made, by_role) for port in package.inputs})
+                answer = model.predict({port.name: _input(port, made, by_role) for port in package.inputs})
             except Exception as error:  # as above
                 raise SessionError(f"Core ML failed in {package.path}: {error}") from error
-            missing = [port.name for port in package.outputs if port.name not in outputs]
+            missing = [port.name for port in package.outputs if port.name not in answer]
             if missing:
                 raise SessionError(
-                    f"{package.path} has other outputs than the manifest", got=sorted(outputs), expected=missing[0]
+                    f"{package.path} has other outputs than the manifest", got=sorted(answer), expected=missing[0]
                 )
-            made |= {port.name: np.array(outputs[port.name], copy=True) for port in package.outputs}
+            made |= {port.name: np.array(answer[port.name], copy=True) for port in package.outputs}
         names = {port.role: port.name for package, _, _ in self._parts for port in package.outputs}
-        return {port.name: _output(port, names, made) for port in self._component.outputs}
+        results = {port.name: _output(port, names, made) for port in self._component.outputs}
+        for name, array in given.items():
+            np.copyto(array, results[name])
+        return {**results, **given}
 
 
 def _input(port: Port, made: Mapping[str, NDArray[Any]], by_role: Mapping[str, NDArray[Any]]) -> NDArray[Any]:

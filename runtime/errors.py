@@ -93,16 +93,16 @@ class SessionError(LatentRelayError):
 
 
 class NonFiniteError(SessionError):
-    """NaN or Inf came out of `.stage` (and `.step`, in the step loop)."""
+    """NaN or Inf came out of `.stage` (and `.step`, in the step loop; `.output` where it is not the latents)."""
 
-    def __init__(self, stage: str, *, step: int | None = None, count: int = 0) -> None:
-        where = stage if step is None else f"{stage}, step {step}"
+    def __init__(self, stage: str, *, step: int | None = None, count: int = 0, output: str | None = None) -> None:
+        where = (stage if step is None else f"{stage}, step {step}") + (f" ({output})" if output else "")
         super().__init__(
             f"{count} non-finite values came out of {where}",
             expected="finite values",
             do="Run `latentrelay verify` and the bundle's self-test; a backend in half precision is the usual cause.",
         )
-        self.stage, self.step = stage, step
+        self.stage, self.step, self.output = stage, step, output
 
 
 class BackendUnavailableError(SessionError):

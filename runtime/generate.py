@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,9 @@ from latentrelay.runtime.errors import CloudUnavailableError, RequestError, RunC
 from latentrelay.runtime.handoff import Handoff
 from latentrelay.runtime.handoff_request import HandoffRequest
 from latentrelay.runtime.picture import save_png, to_image
-from latentrelay.runtime.session import Session, StepEvent, check_guidance
+from latentrelay.runtime.prediction_check import FULL, PREDICTED, STEP_FULL
+from latentrelay.runtime.session import Session, check_guidance
+from latentrelay.runtime.step_loop import RECOMPUTED, StepEvent
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -37,8 +39,9 @@ class Result:
     """One picture and how it came about.
 
     pixels (H, W, 3) float32 in 0..1; latents (1, C, h, w) float32; `path_taken` "cloud" (all steps there), "hybrid",
-    "device" or "device-fallback"; `steps` {"cloud", "device"}; `ms` per stage, 0 where a stage did not run; `providers`
-    really used; `digest` of the bundle; `fallback_reason` where there was one.
+    "device" or "device-fallback"; `steps` {"cloud", "device"}; `kinds` how many of the device's steps were "full",
+    "predicted" and "recomputed"; `ms` per stage, 0 where a stage did not run; `providers` really used; `digest` of the
+    bundle; `fallback_reason` where there was one.
     """
 
     pixels: NDArray[np.float32]
@@ -52,6 +55,17 @@ class Result:
     seed: int
     guidance: float
     fallback_reason: str | None = None
+    kinds: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def computed_steps(self) -> int:
+        """How many of the device's steps ran the network, the recomputed ones among them."""
+        return self.kinds.get(FULL, 0) + self.kinds.get(RECOMPUTED, 0)
+
+    @property
+    def predicted_steps(self) -> int:
+        """How many of the device's steps were predicted, and stayed so."""
+        return self.kinds.get(PREDICTED, 0)
 
     @property
     def image(self) -> Image:
@@ -92,14 +106,17 @@ def generate(
     fallback: bool = True,
     cancel: Callable[[], bool] | None = None,
     wire_dtype: str = "float16",
+    predict: bool = True,
+    fallback_threshold: float | None = None,
 ) -> Result:
     """Make one picture.
 
     `source` is a session (stays open), a bundle, or a bundle's folder (verified first). `guidance` None is the bundle's
     default. `split` is the first step that the device runs: None is 0 without a cloud and half the run with one; 0
     never asks the cloud. A ready `handoff` stands for the cloud; its seed, guidance and split hold. `cancel` is asked
-    before every stage and step. Raises RequestError, BundleError, HandoffError, SessionError, CloudError (a cloud out
-    of reach only with `fallback=False`), RunCancelledError.
+    before every stage and step. `predict` and `fallback_threshold` are `Session.run_steps`'s: whether the bundle's
+    predicted steps are predicted, and when one is computed after all. Raises RequestError, BundleError, HandoffError,
+    SessionError, CloudError (a cloud out of reach only with `fallback=False`), RunCancelledError.
     """
     clock = _Clock()
     with clock.stage("total"):
@@ -108,10 +125,21 @@ def generate(
         else:
             with clock.stage("load"):
                 session = Session(source if isinstance(source, Bundle) else Bundle.open(source))
-        run = _Run(session, clock, prompt, negative_prompt, seed, guidance, wire_dtype, cancel or (lambda: False))
+        run = _Run(
+            session,
+            clock,
+            prompt,
+            negative_prompt,
+            seed,
+            guidance,
+            wire_dtype,
+            cancel or (lambda: False),
+            predict,
+            fallback_threshold,
+        )
         try:
             start = run.begin(split, cloud, handoff, fallback)
-            latents = run.denoise(start, on_step, keep=session is source)
+            latents, kinds = run.denoise(start, on_step, keep=session is source)
             pixels = run.decode(latents)
         finally:
             if session is not source:
@@ -128,6 +156,7 @@ def generate(
         seed=start.seed,
         guidance=start.guidance,
         fallback_reason=start.fallback_reason,
+        kinds=kinds,
     )
 
 
@@ -157,6 +186,8 @@ class _Run:
     guidance: float | None
     wire_dtype: str
     cancel: Callable[[], bool]
+    predict: bool
+    fallback_threshold: float | None
 
     def begin(
         self, split: int | None, cloud: CloudClient | str | None, handoff: Handoff | None, fallback: bool
@@ -188,30 +219,44 @@ class _Run:
                 raise
             return self._from_noise("device-fallback", reason=str(error))
 
-    def denoise(self, start: _Start, on_step: Callable[[StepEvent], None] | None, *, keep: bool) -> NDArray[np.float32]:
-        """Run the device's steps; the final latents. Graphs no longer needed are freed unless `keep`."""
-        latents = np.asarray(start.latents, np.float32)
+    def denoise(
+        self, start: _Start, on_step: Callable[[StepEvent], None] | None, *, keep: bool
+    ) -> tuple[NDArray[np.float32], dict[str, int]]:
+        """Run the device's steps; the final latents, and how many steps of each kind they took. Graphs no longer needed
+        are freed unless `keep`."""
+        latents, kinds = np.asarray(start.latents, np.float32), dict.fromkeys((FULL, PREDICTED, RECOMPUTED), 0)
         if start.step == self.session.manifest.schedule.num_steps:
-            return latents
+            return latents, kinds
         self._open("text_encoder")
         with self.clock.stage("text_encoder"):
             prompt_embeds = self.session.encode(self.prompt, self.negative_prompt)
         if not keep:
             self.session.release("text_encoder")
-        self._open("step_full")
-        for event in self.session.run_steps(
-            latents, start.x0_prev, start.step, prompt_embeds, start.guidance, start.seed
-        ):
-            latents = event.latents
-            self.clock.ms["steps"] += event.ms
-            if event.step == start.step:
-                self.clock.ms["first_step"] = event.ms
-            if on_step is not None:
-                on_step(event)
-            self._stop_if_cancelled()
+        steps = self.session.run_steps(
+            latents,
+            start.x0_prev,
+            start.step,
+            prompt_embeds,
+            start.guidance,
+            start.seed,
+            predict=self.predict,
+            fallback_threshold=self.fallback_threshold,
+        )
+        for graph in self.session.step_graphs(start.step, self.predict):
+            self._open(graph)
+        with closing(steps):  # a cancelled run gives back what it holds now, not when its error is forgotten
+            for event in steps:
+                latents = event.latents
+                kinds[event.kind] += 1
+                self.clock.ms["steps"] += event.ms
+                if event.step == start.step:
+                    self.clock.ms["first_step"] = event.ms
+                if on_step is not None:
+                    on_step(event)
+                self._stop_if_cancelled()
         if not keep:
-            self.session.release("step_full")
-        return latents
+            self.session.release(STEP_FULL)
+        return latents, kinds
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """Latents to pixels."""

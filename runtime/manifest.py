@@ -15,6 +15,7 @@ from typing import Any
 
 from latentrelay.runtime.digest import json_digest
 from latentrelay.runtime.errors import BundleLayoutError, BundleTamperedError, ManifestError
+from latentrelay.runtime.prediction_check import check_predicted_steps
 from latentrelay.runtime.samplers import SAMPLERS
 from latentrelay.runtime.strict_json import check_schema_version, parse_record, read_json, record_to_json
 
@@ -373,6 +374,7 @@ def _check_numbers(manifest: Manifest) -> None:
                 raise ValueError(
                     f"components.{name}.{port.name}: got dtype {port.dtype}, expected {' | '.join(DTYPES)}"
                 )
+    check_predicted_steps(manifest)
 
 
 def replace_files(manifest: Manifest, files: tuple[FileEntry, ...]) -> Manifest:

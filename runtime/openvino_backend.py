@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latentrelay.runtime.backend import Arrays, check_signature, fitted
+from latentrelay.runtime.backend import Arrays, check_signature, fitted, writable
 from latentrelay.runtime.errors import MissingExtraError, SessionError
 from latentrelay.runtime.manifest import BackendSpec, Component
 from numpy.typing import NDArray
@@ -64,14 +64,15 @@ class OpenVinoBackend:
         inputs = {port.get_any_name(): _dtype(port) for port in compiled.inputs}
         outputs = {name: _dtype(port) for port in compiled.outputs for name in port.get_names()}
         check_signature(component.path, component, inputs, outputs)
-        return OpenVinoGraph(compiled, component)
+        return OpenVinoGraph(compiled, component, import_openvino().Tensor)
 
 
 class OpenVinoGraph:
     """One loaded graph; see `Graph`."""
 
-    def __init__(self, compiled: Any, component: Component) -> None:
-        self._compiled, self._component = compiled, component
+    def __init__(self, compiled: Any, component: Component, tensor: Any) -> None:
+        self._compiled, self._component, self._tensor = compiled, component, tensor
+        self._lent: set[str] = set()  # outputs whose tensor is a caller's array
         self._request = compiled.create_infer_request()
         self._providers = (provider_name(compiled),)
 
@@ -80,17 +81,29 @@ class OpenVinoGraph:
         """The device and the precision that were really set up, as in "OpenVINO CPU f32"."""
         return self._providers
 
-    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """Run once; raises RequestError on inputs that do not fit, SessionError when the run fails."""
+    def run(self, inputs: Arrays, outputs: Arrays | None = None) -> dict[str, NDArray[Any]]:
+        """Run once; see `Graph`. Arrays for outputs become the request's output tensors."""
         feeds = fitted(self._component, inputs)
+        given = writable(self._component, feeds, outputs)
         try:
-            self._request.infer(feeds, share_inputs=False)
+            self._bind(given)
+            # Inputs are always shared, never copied: a copy would go into the arrays of the call before.
+            self._request.infer(feeds, share_inputs=True)
             return {
-                port.name: np.array(self._request.get_tensor(port.name).data, copy=True)
-                for port in self._component.outputs
+                name: given[name] if name in given else np.array(self._request.get_tensor(name).data, copy=True)
+                for name in (port.name for port in self._component.outputs)
             }
         except RuntimeError as error:
             raise SessionError(f"OpenVINO failed in {self._component.path}: {_last_line(error)}") from error
+
+    def _bind(self, given: Arrays) -> None:
+        """The given arrays as output tensors; a port whose array was the call's before gets a tensor of its own."""
+        for name in self._lent - set(given):
+            array = np.empty_like(self._request.get_tensor(name).data)
+            self._request.set_tensor(name, self._tensor(array, shared_memory=True))
+        for name, array in given.items():
+            self._request.set_tensor(name, self._tensor(array, shared_memory=True))
+        self._lent = set(given)
 
 
 def provider_name(compiled: Any) -> str:

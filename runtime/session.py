@@ -1,43 +1,31 @@
 """A session: the graphs of one bundle, opened when first used, and the step loop.
 
 prompt -> `encode` (2, T, D) -> `run_steps` yields latents (1, C, h, w) after every step -> `decode` (H, W, 3) in 0..1.
-One call of the step graph is one whole sampler step, so there is no scheduler here. What comes out of each stage is
-checked for NaN and Inf. A session is for one thread at a time.
+One call of a step graph is one whole sampler step, so there is no scheduler here: the loop knows the mask of the split,
+which says whether a step is computed or predicted, and keeps the ladders between steps. What comes out of each stage
+is checked for NaN and Inf. A session is for one thread at a time.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from latentrelay.runtime.backend import Backend, Graph, open_backend
+from latentrelay.runtime.backend import Arrays, Backend, Graph, open_backend
 from latentrelay.runtime.bundle import Bundle
-from latentrelay.runtime.errors import NonFiniteError, RequestError, SessionError
-from latentrelay.runtime.manifest import Component, Manifest
+from latentrelay.runtime.errors import RequestError, SessionError
+from latentrelay.runtime.ladders import Ladders
+from latentrelay.runtime.manifest import Component, Manifest, StepMask
 from latentrelay.runtime.noise import NoiseStream, initial_noise
+from latentrelay.runtime.prediction_check import FULL, PREDICTED, STEP_FULL, STEP_PREDICTED
 from latentrelay.runtime.selftest import SelftestReport, run_selftest
+from latentrelay.runtime.step_loop import Float32, Route, StepEvent, finite, loop
 from latentrelay.runtime.tokenizer import PromptTokenizer
 from numpy.typing import NDArray
-
-Float32 = NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class StepEvent:
-    """One finished step: its index in the whole run, the run's length, the network's timestep, the arrays it made
-    (the next step's input; copy before changing them), milliseconds, and which graph ran ("full")."""
-
-    step: int
-    num_steps: int
-    timestep: float
-    latents: Float32
-    x0_prev: Float32 | None
-    ms: float
-    kind: str = "full"
 
 
 class Session:
@@ -69,6 +57,7 @@ class Session:
             )
         self._backend = backend
         self._graphs: dict[str, Graph] = {}
+        self._ladders: Ladders | None = None  # of no run at the moment
         self._tokenizer: PromptTokenizer | None = None
         self._providers: dict[str, tuple[str, ...]] = {}
 
@@ -106,8 +95,11 @@ class Session:
         return roles is None or component in roles
 
     def release(self, component: str) -> None:
-        """Free a component's memory; it is loaded again when used again."""
+        """Free a component's memory; it is loaded again when used again. The step graphs go together."""
         self._graphs.pop(component, None)
+        if component == STEP_FULL:
+            self._graphs.pop(STEP_PREDICTED, None)
+            self._ladders = None
 
     def is_open(self, component: str) -> bool:
         """Whether a component is loaded."""
@@ -116,7 +108,7 @@ class Session:
     def close(self) -> None:
         """Free everything. The session may be used again afterwards and loads anew."""
         self._graphs.clear()
-        self._tokenizer = None
+        self._tokenizer = self._ladders = None
 
     @property
     def tokenizer(self) -> PromptTokenizer:
@@ -126,10 +118,10 @@ class Session:
             self._tokenizer = PromptTokenizer(self.bundle.file(spec.path), spec)
         return self._tokenizer
 
-    def run_component(self, component: str, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Run one graph by port names; for tools and tests. Raises SessionError, RequestError."""
+    def run_component(self, component: str, inputs: Arrays, outputs: Arrays | None = None) -> dict[str, NDArray[Any]]:
+        """Run one graph by port names, `outputs` as in `Graph`; for tools and tests. Raises as it does."""
         self.open(component)
-        return self._graphs[component].run(inputs)
+        return self._graphs[component].run(inputs, outputs)
 
     def encode(self, prompt: str, negative_prompt: str = "") -> Float32:
         """Prompt embeddings (2, T, D) float32: unconditional (the negative prompt) first, then conditional.
@@ -144,7 +136,7 @@ class Session:
         rows = []
         for text in (negative_prompt, prompt)[-self.manifest.guidance.branches :]:
             outputs = self.run_component("text_encoder", {spec.inputs[0].name: self.tokenizer.ids(text)})
-            rows.append(_finite(outputs[spec.outputs[0].name], "text_encoder"))
+            rows.append(finite(outputs[spec.outputs[0].name], "text_encoder"))
         return np.concatenate(rows, axis=0)
 
     def initial_latents(self, seed: int) -> Float32:
@@ -152,6 +144,11 @@ class Session:
         latent = self.manifest.latent
         noise = initial_noise(seed, (1, latent.channels, latent.height, latent.width))
         return noise * np.float32(self.manifest.schedule.init_noise_sigma)
+
+    def step_graphs(self, first_step: int, predict: bool = True) -> tuple[str, ...]:
+        """The step graphs that a run from `first_step` uses."""
+        mask = self._mask(first_step, predict)
+        return (STEP_FULL, STEP_PREDICTED) if mask is not None and PREDICTED in mask.mask else (STEP_FULL,)
 
     def run_steps(
         self,
@@ -161,15 +158,19 @@ class Session:
         prompt_embeds: NDArray[Any],
         guidance: float,
         seed: int | None = None,
-    ) -> Iterator[StepEvent]:
+        *,
+        predict: bool = True,
+        fallback_threshold: float | None = None,
+    ) -> Generator[StepEvent]:
         """Run steps first_step .. N-1 and yield an event after each; stop iterating to stop the run.
 
         latents (1, C, h, w); x0_prev the same or None where no step was made yet (or the solver has no memory);
         prompt_embeds (2, T, D), or (1, T, D) with one guidance branch; seed of the whole run, needed where the sampler
-        adds noise at each step. Raises RequestError at once on arguments that do not fit, NonFiniteError naming the
-        step.
+        adds noise at each step. `predict=False` computes every step. `fallback_threshold`: the probe error above which
+        a predicted step is computed after all, in the place of the manifest's (inf: never). Raises RequestError at once
+        on arguments that do not fit, NonFiniteError naming the step.
         """
-        schedule, spec = self.manifest.schedule, self._component("step_full")
+        schedule, spec = self.manifest.schedule, self._component(STEP_FULL)
         if not 0 <= first_step <= schedule.num_steps:
             raise RequestError("first_step is out of range", got=first_step, expected=f"0 .. {schedule.num_steps}")
         needs_memory = any(port.role == "x0_prev" for port in spec.inputs)
@@ -183,38 +184,44 @@ class Session:
                 raise RequestError("this sampler adds noise at each step", expected="the seed of the run")
             noise = NoiseStream(seed, latents.shape)
             noise.skip(1 + first_step)  # the initial noise, and one draw for each step made elsewhere
-        return self._steps(spec, latents, memory, first_step, prompt_embeds, guidance, noise)
+        mask, limit = self._mask(first_step, predict), self._limit(fallback_threshold)
+        kinds = mask.mask if mask is not None else (FULL,) * (schedule.num_steps - first_step)
+        route = Route(first_step, kinds, mask.row if mask is not None else 0, limit, noise)
+        state = {"latents": latents, "x0_prev": memory, "prompt_embeds": prompt_embeds, "guidance": np.array(guidance)}
+        return self._steps(route, state)
 
-    def _steps(
-        self,
-        spec: Component,
-        latents: NDArray[Any],
-        x0_prev: NDArray[Any],
-        first_step: int,
-        prompt_embeds: NDArray[Any],
-        guidance: float,
-        noise: NoiseStream | None,
-    ) -> Iterator[StepEvent]:
-        schedule = self.manifest.schedule
-        state = {"latents": latents, "x0_prev": x0_prev, "prompt_embeds": prompt_embeds, "guidance": np.array(guidance)}
-        for step in range(first_step, schedule.num_steps):
-            self.open("step_full")
-            if noise is not None:  # the last step adds none, and its draw is not made: as diffusers does
-                state["noise"] = noise.draw() if step < schedule.num_steps - 1 else np.zeros_like(state["latents"])
-            started = time.perf_counter()
-            outputs = self.run_component("step_full", _by_name(spec, {**state, "step": np.array(step)}))
-            ms = (time.perf_counter() - started) * 1e3
-            for port in spec.outputs:
-                state[port.role] = _finite(outputs[port.name], "step_full", step)
-            memory = state["x0_prev"] if schedule.needs_x0_prev else None
-            yield StepEvent(step, schedule.num_steps, schedule.timesteps[step], state["latents"], memory, ms)
+    def _steps(self, route: Route, state: dict[str, NDArray[Any]]) -> Generator[StepEvent]:
+        """The loop with its graphs opened first and ladders that no other run has; they come back however it ends."""
+        for graph in dict.fromkeys(STEP_FULL if kind == FULL else STEP_PREDICTED for kind in route.mask):
+            self.open(graph)
+        ladders, self._ladders = self._ladders or Ladders(self._component(STEP_FULL).inputs), None
+        try:
+            yield from loop(self.run_component, self.manifest, route, state, ladders)
+        finally:
+            self._ladders = ladders
+
+    def _mask(self, first_step: int, predict: bool) -> StepMask | None:
+        prediction = self.manifest.prediction if predict else None
+        masks = prediction.masks if prediction is not None else ()
+        return next((mask for mask in masks if mask.split == first_step), None)
+
+    def _limit(self, asked: float | None) -> float:
+        prediction = self.manifest.prediction
+        if asked is None:
+            own = prediction.fallback_threshold if prediction is not None else None
+            return math.inf if own is None else own
+        if prediction is None or prediction.probe is None:
+            raise RequestError("the bundle's predicted steps report no probe error", do="Leave the threshold out.")
+        if not asked >= 0:
+            raise RequestError("fallback_threshold is out of range", got=asked, expected="0 or more")
+        return asked
 
     def decode(self, latents: NDArray[Any]) -> Float32:
         """The picture (H, W, 3) float32 in 0..1 of latents (1, C, h, w)."""
         spec, (scaling, shift) = self._component("vae_decoder"), self.manifest.decoder_scaling
         unscaled = np.asarray(latents, np.float32) / np.float32(scaling) + np.float32(shift)
         outputs = self.run_component("vae_decoder", {spec.inputs[0].name: unscaled})
-        sample = _finite(outputs[spec.outputs[0].name], "vae_decoder")
+        sample = finite(outputs[spec.outputs[0].name], "vae_decoder")
         pixels: Float32 = np.clip(sample[0].transpose(1, 2, 0) / 2 + 0.5, 0.0, 1.0)
         return pixels
 
@@ -238,22 +245,3 @@ def check_guidance(manifest: Manifest, guidance: float) -> None:
             expected=1.0,
             do="Leave guidance out.",
         )
-
-
-def _by_name(spec: Component, roles: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    unknown = [port.role for port in spec.inputs if port.role not in roles]
-    if unknown:
-        raise SessionError(
-            f"{spec.path} wants an input that this runtime does not know",
-            got=unknown[0],
-            expected=list(roles),
-            do="Update latentrelay.",
-        )
-    return {port.name: roles[port.role] for port in spec.inputs}
-
-
-def _finite(array: NDArray[Any], stage: str, step: int | None = None) -> Float32:
-    bad = int(array.size - np.count_nonzero(np.isfinite(array)))
-    if bad:
-        raise NonFiniteError(stage, step=step, count=bad)
-    return array.astype(np.float32, copy=False)

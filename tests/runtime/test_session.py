@@ -178,12 +178,12 @@ def test_a_graph_unlike_its_manifest_is_refused(bundle_folder: Path, kit: Simple
 def test_a_role_from_the_future_is_refused(bundle_folder: Path, kit: SimpleNamespace) -> None:
     parts = kit.components()
     ports = tuple(
-        kit.port(p.name, "split_row" if p.name == "x0_prev" else p.role, p.dtype, *p.shape)
+        kit.port(p.name, "aspect" if p.name == "x0_prev" else p.role, p.dtype, *p.shape)
         for p in parts["step_full"].inputs
     )
     parts["step_full"] = kit.m.Component("step_full", "unet/step_full.onnx", ports, parts["step_full"].outputs)
     kit.reseal(bundle_folder, components=parts)
-    with Session(Bundle.open(bundle_folder)) as session, pytest.raises(SessionError, match="split_row"):
+    with Session(Bundle.open(bundle_folder)) as session, pytest.raises(SessionError, match="got aspect"):
         next(session.run_steps(session.initial_latents(0), None, 0, session.encode("a"), 2.0))
 
 

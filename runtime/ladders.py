@@ -1,0 +1,64 @@
+"""The ladders of a run: what a computed step leaves behind for the predicted ones, in two arrays a stream that swap.
+
+`feature_ladder` (M+1, 2, Cf, hf, wf) and, where predictors are chosen by token, `probe_ladder` (M+1, 2, Cp, hp, wp), in
+float32 or float16 as the graphs declare. A computed step reads one array of each stream and writes the other; no two of
+them share memory. It knows no step and no mask: the loop says when to swap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from latentrelay.runtime.manifest import Port
+from numpy.typing import NDArray
+
+LADDER_ROLES = ("feature_ladder", "probe_ladder")
+_EXPONENT = np.uint16(0x7C00)  # float16: all set in NaN and in infinities
+
+
+class Ladders:
+    """Two arrays for each ladder among `ports`, a graph's inputs; `nbytes` is what they take together."""
+
+    def __init__(self, ports: Sequence[Port]) -> None:
+        mine = [port for port in ports if port.role in LADDER_ROLES]
+        sides = [{port.role: np.empty([int(n) for n in port.shape], port.dtype) for port in mine} for _ in range(2)]
+        self._sides: list[dict[str, NDArray[Any]]] = sides
+        self.reset()
+
+    @property
+    def current(self) -> dict[str, NDArray[Any]]:
+        """By role: what the next step reads."""
+        return self._sides[0]
+
+    @property
+    def spare(self) -> dict[str, NDArray[Any]]:
+        """By role: what the next computed step writes."""
+        return self._sides[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for side in self._sides for array in side.values())
+
+    def swap(self) -> None:
+        """What was written becomes what is read."""
+        self._sides.reverse()
+
+    def reset(self) -> None:
+        """Start a run: everything NaN, so that a graph that uses what no step of the run has written shows it."""
+        for side in self._sides:
+            for array in side.values():
+                array.fill(np.nan)
+
+
+def non_finite(array: NDArray[Any]) -> int:
+    """How many values are NaN or infinite; row by row of the first axis, because ladders are large."""
+    return sum(_bad(row) for row in array) if array.ndim > 1 else _bad(array)
+
+
+def _bad(array: NDArray[Any]) -> int:
+    if array.dtype == np.float16 and array.flags.c_contiguous:  # several times faster than isfinite
+        return int(np.count_nonzero((array.view(np.uint16) & _EXPONENT) == _EXPONENT))
+    return int(array.size - np.count_nonzero(np.isfinite(array)))
