@@ -62,7 +62,7 @@ def run(
     chosen = choose(BUNDLE_ROWS if bundle is not None else ROWS, rows)
     machine = read_machine()
     threads = threads or machine.cores
-    with counting("preparing", None) as advance, _work_folder(work) as folder:
+    with counting("preparing", None) as advance, work_folder(work) as folder:
 
         def say(words: str) -> None:
             advance(words, 0)
@@ -169,7 +169,7 @@ class Prepared:
         inputs = {
             "network": stage_digest(network.folder),
             "from": [stage_digest(each) for each in folders],
-            **(_versions("onnx", "optimum-onnx", "nncf", "openvino") if name in ("optimum", "nncf") else _own()),
+            **(_versions("onnx", "optimum-onnx", "nncf", "openvino") if name in ("optimum", "nncf") else own_code()),
         }
 
         def write(folder: Path) -> None:
@@ -193,7 +193,7 @@ def _versions(*packages: str) -> dict[str, str | None]:
     return {name: version(name) for name in packages}
 
 
-def _own() -> dict[str, Any]:
+def own_code() -> dict[str, Any]:
     """What our graphs depend on beside the network: the code that writes them."""
     digest = hashlib.sha256()
     for package in ("latentrelay.compress", "latentrelay.export"):
@@ -205,7 +205,8 @@ def _own() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _work_folder(work: Path | None) -> Iterator[Path]:
+def work_folder(work: Path | None) -> Iterator[Path]:
+    """The folder that keeps graphs, or one that goes with the command."""
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
         yield work.absolute()
