@@ -79,6 +79,11 @@ def _argmax(a: Arguments) -> Tensor:
     return a["x"].argmax(dim=a.setting("axis", -1), keepdim=bool(a.setting("keep_dims", False)))
 
 
+def _argmin(a: Arguments) -> Tensor:
+    """The first of equals, as torch has it."""
+    return a["x"].argmin(dim=a.setting("axis", -1), keepdim=bool(a.setting("keep_dims", False)))
+
+
 def _gelu(a: Arguments) -> Tensor:
     mode = a.setting("mode", "EXACT")
     if mode == "SIGMOID_APPROXIMATION":
@@ -337,6 +342,7 @@ OPERATORS: dict[str, Callable[[Arguments], Result]] = {
     "linear": _linear,
     "matmul": _matmul,
     "reduce_argmax": _argmax,
+    "reduce_argmin": _argmin,
     "reduce_max": _reduced(lambda x, axes, keep: torch.amax(x, axes, keep)),
     "reduce_mean": _reduced(lambda x, axes, keep: torch.mean(x, axes, keep)),
     "reduce_min": _reduced(lambda x, axes, keep: torch.amin(x, axes, keep)),

@@ -143,6 +143,11 @@ CASES: dict[str, Case] = {
         lambda x: mb.cast(x=mb.reduce_argmax(x=x, axis=1, keep_dims=False), dtype="fp32"),
         lambda x: x.argmax(1).float(),
     ),
+    "reduce_argmin": (
+        {"x": np.round(X)},  # with equals: the first wins
+        lambda x: mb.cast(x=mb.reduce_argmin(x=x, axis=1, keep_dims=True), dtype="fp32"),
+        lambda x: (torch.arange(3.0)[:, None] + 9 * (x != x.amin(1, keepdim=True))).amin(1, keepdim=True),
+    ),
     "cast": ({"x": X}, lambda x: mb.cast(x=mb.cast(x=x, dtype="int32"), dtype="fp32"), lambda x: x.int().float()),
     "cast/half": ({"x": X}, lambda x: mb.cast(x=mb.cast(x=x, dtype="fp16"), dtype="fp32"), lambda x: x.half().float()),
     # products and normalisation
