@@ -9,13 +9,15 @@ is kept of a run. What the schedule of ERTACache (arXiv 2508.21091, a reconstruc
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from latentrelay.compress.errors import ScheduleError
+from latentrelay.compress.predicted_chain import StagedDenoiser
+from latentrelay.compress.trajectory import Trajectory
 from numpy.typing import NDArray
 
 Doubles = NDArray[np.float64]
@@ -96,6 +98,19 @@ def error_matrix(
     values = np.where(upper, total / np.maximum(seen, 1), np.nan)
     norms = np.where(seen.diagonal() > 0, sizes / np.maximum(seen.diagonal(), 1), np.nan)
     return ErrorMatrix(name, values, norms, count)
+
+
+def recorded_outputs(runs: Iterable[Trajectory]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """What `error_matrix` reads, of the whole output: each run's own noise predictions (n, 2, C, h, w)."""
+    for run in runs:
+        yield run.split, run.noise_pred
+
+
+def deep_features(runs: Iterable[Trajectory], staged: StagedDenoiser) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """What `error_matrix` reads, of the deep feature: (n, 2, Cf, h, w) of a network on each run's latents, one call a
+    step; a run at a time is held."""
+    for run in runs:
+        yield run.split, np.stack([staged.full(at, step, run.prompt_embeds).feature for step, at, _ in run])
 
 
 def velocity(noise_pred: NDArray[Any], latents: NDArray[Any], alpha_cumprod: float) -> NDArray[Any]:
