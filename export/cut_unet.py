@@ -49,6 +49,13 @@ def cut_points(model: ModelProto) -> CutPoints:
     return CutPoints(deep, skip, walk.probes())
 
 
+def probe_value(points: CutPoints, probe: str) -> str:
+    """The value of a probe by its name. Raises CutError where this network has no such probe."""
+    if probe not in points.probes:
+        raise CutError(f"probe {probe}", got="not in this network", expected=" | ".join(points.probes))
+    return points.probes[probe]
+
+
 def module_output(model: ModelProto, path: str) -> str:
     """The value that the torch module `path` returns: a layer's, an attention's or a feed-forward's result before it is
     added to the residual stream; of `...resnets.i` and `...attentions.i` the sum. Raises CutError."""

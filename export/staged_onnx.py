@@ -18,7 +18,7 @@ from latentrelay.compress.denoising_chain import Floats
 from latentrelay.compress.predicted_chain import Staged
 from latentrelay.compress.solver_tables import SolverTable
 from latentrelay.compress.trajectory import step_feeds
-from latentrelay.export.cut_unet import CutPoints, cut_graph, cut_points
+from latentrelay.export.cut_unet import cut_graph, cut_points, probe_value
 from latentrelay.export.errors import CutError
 from latentrelay.export.onnx_graphs import UNET_DATA
 from latentrelay.runtime.backend import Backend, Graph, open_backend
@@ -111,13 +111,6 @@ def write_cuts(unet: Path, folder: Path, probe: str | None) -> dict[str, Path]:
     for name, cut in cuts.items():
         onnx.save(cut, str(paths[name]))
     return paths
-
-
-def probe_value(points: CutPoints, probe: str) -> str:
-    """The value of a probe by its name. Raises CutError where this network has no such probe."""
-    if probe not in points.probes:
-        raise CutError(f"probe {probe}", got="not in this network", expected=" | ".join(points.probes))
-    return points.probes[probe]
 
 
 def cut_component(path: Path, known: Mapping[str, tuple[int | str, ...]]) -> Component:

@@ -14,7 +14,16 @@ from dataclasses import astuple
 import numpy as np
 import torch
 from latentrelay.compress.plan import Plan
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+
+def solver_rows(plan: Plan) -> NDArray[np.float64]:
+    """(N, 7) a b c n p q s of every step; (R * N, 7), row by row of the mask-dependent tables, where splits have grids
+    of their own."""
+    if plan.tables.grid_solver is not None:
+        return plan.tables.grid_solver.reshape(-1, plan.tables.grid_solver.shape[-1])
+    return np.array([astuple(row) for row in plan.recipe.solver], dtype=np.float64)
 
 
 class StepHead(nn.Module):
@@ -25,14 +34,18 @@ class StepHead(nn.Module):
 
     def __init__(self, plan: Plan, branches: int = 2) -> None:
         super().__init__()
-        rows = plan.recipe.solver
-        self.branches = branches
-        self.register_buffer("scale", torch.tensor([row.s for row in rows], dtype=torch.float32))
-        self.register_buffer("timesteps", torch.tensor(plan.recipe.timesteps, dtype=torch.float32))
-        self.scaled = any(row.s != 1.0 for row in rows)
+        scale, grid = solver_rows(plan)[:, 6], plan.tables.grid_timesteps
+        self.branches, self.num_steps, self.has_grids = branches, plan.recipe.num_steps, grid is not None
+        timesteps = np.array(plan.recipe.timesteps) if grid is None else grid.reshape(-1)
+        self.register_buffer("scale", torch.from_numpy(scale.astype(np.float32)))
+        self.register_buffer("timesteps", torch.from_numpy(timesteps.astype(np.float32)))
+        self.scaled = bool((scale != 1.0).any())
 
-    def forward(self, latents: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """latents f32 (1,C,h,w), step i64 () -> sample f32 (branches,C,h,w), timestep f32 ()."""
+    def forward(self, latents: Tensor, step: Tensor, split_row: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """latents f32 (1,C,h,w), step i64 () -> sample f32 (branches,C,h,w), timestep f32 (). `split_row` i64 () where
+        the plan has grids of their own for some splits; the step counts in the whole run either way."""
+        if self.has_grids and split_row is not None:
+            step = split_row * self.num_steps + step
         if self.scaled:
             latents = latents * self.scale[step]
         if self.branches == 1:
@@ -93,7 +106,7 @@ class StepTail(nn.Module):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
-        rows = np.array([astuple(row) for row in plan.recipe.solver], dtype=np.float64)  # (N, 7): a b c n p q s
+        rows = solver_rows(plan)
         self.register_buffer("coefficients", torch.from_numpy(rows.astype(np.float32)))
         self.register_buffer("reads_memory", torch.from_numpy(rows[:, 2] != 0.0))
         multiplier = plan.tables.guidance_multiplier.astype(np.float32)
@@ -104,17 +117,24 @@ class StepTail(nn.Module):
         self, noise_pred: Tensor, latents: Tensor, step: Tensor, guidance: Tensor, x0_prev: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Shapes as in the file's header; without memory in the solver there is one output, `next_latents`."""
-        row = self.coefficients[step]  # (7,)
         noise_pred = self.compensation(noise_pred, step, latents, x0_prev)
+        return self.advance(noise_pred, latents, step, step, guidance, x0_prev)
+
+    def advance(
+        self, noise_pred: Tensor, latents: Tensor, step: Tensor, row: Tensor, guidance: Tensor, x0_prev: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Guidance and solver of an output that is corrected already; `row` () is the step's row in the solver's table:
+        the step itself, or, where splits have grids of their own, `split_row * N + step`."""
+        coefficients = self.coefficients[row]  # (7,)
         unconditional, conditional = noise_pred[0:1], noise_pred[1:2]  # (1, C, h, w) each
         e = unconditional + guidance * self.guidance_multiplier[step] * (conditional - unconditional)
-        next_latents = row[0] * latents + row[1] * e
+        next_latents = coefficients[0] * latents + coefficients[1] * e
         if x0_prev is None:
             return (next_latents,)
-        x0 = row[4] * latents + row[5] * e
+        x0 = coefficients[4] * latents + coefficients[5] * e
         # Unused memory is selected away, not multiplied by c = 0: what was never written may hold anything.
-        memory = torch.where(self.reads_memory[step], x0_prev, x0)
-        return next_latents + row[2] * memory, x0
+        memory = torch.where(self.reads_memory[row], x0_prev, x0)
+        return next_latents + coefficients[2] * memory, x0
 
 
 class FewStepTail(nn.Module):
