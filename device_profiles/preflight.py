@@ -2,23 +2,32 @@
 
 In: a `DeviceProfile` and a `Predicted` (compress/footprint.py makes one from shapes; anything else may). Out: a
 `Preflight` with every check and the one that limits: the check that is exceeded most, or, where all hold, the one that
-is nearest to its limit. It predicts nothing itself, reads nothing and refuses nothing: the caller does.
+is nearest to its limit. Of what a run needs it predicts the ladders of predicted steps alone, which follow from their
+shapes; it reads nothing and refuses nothing: the caller does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from latentrelay.device_profiles.schema import DeviceProfile
 
+LadderDtype = Literal["float32", "float16"]
+MIB = 2**20
+LADDER_ARRAYS = 2  # of each stream: one is read while the other is written
+_LADDER_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2}
+_STEPS = "steps"
 _NEEDS = {"fp16": "fp16", "w8a16": "int8", "w8a8": "int8", "w4a16": "int4", "w4a8": "int4"}
 
 
 @dataclass(frozen=True)
 class Predicted:
     """What is expected of a bundle. `parameters` are the U-Net's; memory is the whole process's, by stage in
-    `memory_by_stage`; `operators` are the ONNX operators of each component; `step_ms` is one guided step there."""
+    `memory_by_stage`, and `ladder_mib` of it are ladders; `operators` are ONNX operators by component; `step_ms`
+    is one guided step there."""
 
     precision: str
     parameters: int
@@ -30,6 +39,7 @@ class Predicted:
     memory_by_stage: Mapping[str, float] = field(default_factory=dict)
     operators: Mapping[str, frozenset[str]] = field(default_factory=dict)
     step_ms: float | None = None
+    ladder_mib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,45 @@ class Preflight:
     checks: tuple[Check, ...]
 
 
+def ladder_mib(shapes: Sequence[Sequence[int]], dtype: str) -> float:
+    """MiB that the ladders of a run take; `shapes` (rungs, 2, channels, rows, columns), one a stream.
+
+    Two arrays a stream. ONNX Runtime reads and writes them where they lie, so nothing comes on top; what a graph makes
+    of them on the way is freed before the next step's network, whose activations are larger. Raises KeyError for a
+    dtype that is neither float32 nor float16.
+    """
+    return LADDER_ARRAYS * _LADDER_BYTES[dtype] * sum(math.prod(shape) for shape in shapes) / MIB
+
+
+def with_ladders(
+    predicted: Predicted, shapes: Sequence[Sequence[int]], dtype: str, *, graph_mib: float = 0.0
+) -> Predicted:
+    """The prediction for a bundle with predicted steps: ladders, and `graph_mib` of the second step graph's session, on
+    top of the stage "steps" (of the peak, where no stages are told). Nothing of it outlives that stage."""
+    ladders = ladder_mib(shapes, dtype)
+    if _STEPS not in predicted.memory_by_stage:
+        peak = predicted.peak_memory_mib + ladders + graph_mib
+        return replace(predicted, peak_memory_mib=peak, ladder_mib=predicted.ladder_mib + ladders)
+    stages = dict(predicted.memory_by_stage)
+    stages[_STEPS] += ladders + graph_mib
+    limiting = max(stages, key=lambda name: stages[name])
+    return replace(
+        predicted,
+        peak_memory_mib=stages[limiting],
+        limiting_stage=limiting,
+        memory_by_stage=stages,
+        ladder_mib=predicted.ladder_mib + ladders,
+    )
+
+
+def ladder_dtype(
+    profile: DeviceProfile, predicted: Predicted, shapes: Sequence[Sequence[int]], *, graph_mib: float = 0.0
+) -> LadderDtype:
+    """What the ladders are kept in: float32 where the application may hold that much, else float16."""
+    wide = with_ladders(predicted, shapes, "float32", graph_mib=graph_mib)
+    return "float32" if wide.peak_memory_mib <= profile.memory.application_ceiling_mib else "float16"
+
+
 def preflight(profile: DeviceProfile, predicted: Predicted, *, max_step_ms: float | None = None) -> Preflight:
     """Hold a prediction against a profile; `max_step_ms` is a limit of the caller's own."""
     checks = tuple(_checks(profile, predicted, max_step_ms))
@@ -70,6 +119,7 @@ def preflight(profile: DeviceProfile, predicted: Predicted, *, max_step_ms: floa
 
 def _checks(profile: DeviceProfile, predicted: Predicted, max_step_ms: float | None) -> list[Check]:
     memory, target = profile.memory, profile.target_unet_parameters
+    ladders = f", {predicted.ladder_mib:.1f} of them ladders of predicted steps" if predicted.ladder_mib else ""
     found = [
         Check(
             "peak_memory",
@@ -77,7 +127,7 @@ def _checks(profile: DeviceProfile, predicted: Predicted, max_step_ms: float | N
             predicted.peak_memory_mib,
             memory.application_ceiling_mib,
             predicted.limiting_stage,
-            f"MiB; an application may hold {memory.application_ceiling_mib} ({memory.ceiling_label})",
+            f"MiB{ladders}; an application may hold {memory.application_ceiling_mib} ({memory.ceiling_label})",
         ),
         Check(
             "largest_file",

@@ -7,10 +7,12 @@ them share memory. It knows no step and no mask: the loop says when to swap.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from latentrelay.runtime.errors import SessionError
 from latentrelay.runtime.manifest import Port
 from numpy.typing import NDArray
 
@@ -19,12 +21,22 @@ _EXPONENT = np.uint16(0x7C00)  # float16: all set in NaN and in infinities
 
 
 class Ladders:
-    """Two arrays for each ladder among `ports`, a graph's inputs; `nbytes` is what they take together."""
+    """Two arrays for each ladder among `ports`, a graph's inputs; `nbytes` is what they take together.
+
+    Raises SessionError where the system has no memory for them.
+    """
 
     def __init__(self, ports: Sequence[Port]) -> None:
-        mine = [port for port in ports if port.role in LADDER_ROLES]
-        sides = [{port.role: np.empty([int(n) for n in port.shape], port.dtype) for port in mine} for _ in range(2)]
-        self._sides: list[dict[str, NDArray[Any]]] = sides
+        shapes = {port.role: ([int(n) for n in port.shape], port.dtype) for port in ports if port.role in LADDER_ROLES}
+        try:
+            self._sides = [{role: np.empty(*kind) for role, kind in shapes.items()} for _ in range(2)]
+        except MemoryError as error:
+            needed = sum(2 * math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes.values()) / 2**20
+            raise SessionError(
+                "there is no memory for the ladders of predicted steps",
+                expected=f"{needed:.1f} MiB",
+                do="Free memory, or build the bundle with ladders in float16.",
+            ) from error
         self.reset()
 
     @property
