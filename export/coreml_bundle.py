@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +30,14 @@ from latentrelay.export.coreml_compress import (
     quantise_inputs,
 )
 from latentrelay.export.coreml_convert import check_operators, convert, load_program, package_bytes, save_package
-from latentrelay.export.coreml_graphs import CoreMLStep, PackageInput, step_inputs, step_outputs
+from latentrelay.export.coreml_graphs import PackageInput
+from latentrelay.export.coreml_predicted import predicted_samples, step_modules
 from latentrelay.export.coremltools_import import coremltools
 from latentrelay.export.errors import ConversionError, ParityError
 from latentrelay.export.mil_interpreter import Arrays, MilProgram
 from latentrelay.export.onnx_graphs import TextEncoderGraph, decoder_graph
 from latentrelay.export.parity import Sample, snr_db
 from latentrelay.runtime.manifest import CoreMLPackage, Port
-from latentrelay.runtime.samplers import sampler_rule
 
 FOLDER = "coreml"
 MIB = 2**20
@@ -52,9 +52,15 @@ GATES_DB: Mapping[str, float] = {
     "w4a8": 6.0,
 }
 # The step's head, tail and the sine of the timestep keep float32: 999 x frequency has no fraction left in float16.
-FLOAT32_MODULES = ("head", "tail", "time_proj")
-_NAMES = {"text_encoder": "text_encoder", "step_full": "unet", "vae_decoder": "vae_decoder"}  # Apple's, by our role
-_ROLES = {"next_latents": "latents", "next_x0_prev": "x0_prev"}
+FLOAT32_MODULES = ("head", "guess", "tail", "time_proj")
+# Apple's, by our role; theirs have no predicted step
+_NAMES = {
+    "text_encoder": "text_encoder",
+    "step_full": "unet",
+    "step_predicted": "unet_predicted",
+    "vae_decoder": "vae_decoder",
+}
+_STEPS = ("step_full", "step_predicted")
 
 Progress = Callable[[str], None]
 Run = Callable[[Arrays], Arrays]
@@ -116,9 +122,16 @@ def write_coreml(
     place = folder / FOLDER
     place.mkdir()
     written: list[CoreMLPackage] = []
+    if plan.recipe.prediction:
+        samples = {**samples, **predicted_samples(parts.unet, plan, samples["step_full"][0].inputs)}
     for component in _components(parts, plan, precision, samples, stored, rules, apple_layout):
         progress(f"Core ML: {_NAMES[component.role]} ({component.precision})")
-        rounding = _rounding(component, parts.unet, ranges, samples)
+        rounding: AbstractContextManager[None] = nullcontext()
+        if component.role in _STEPS:
+            if precision.endswith("a8"):
+                ranges = ranges or _measured(component, parts.unet, samples["step_full"])
+                rounding = quantise_inputs(parts.unet, ranges, rules)
+            component = _with_own_rules(component, parts.unet, samples)
         path = place / _package_name(plan, component.role)
         with rounding:
             model = convert(
@@ -181,10 +194,13 @@ def _components(
     rules: Mapping[str, LayerRule] | None,
     apple_layout: bool,
 ) -> list[_Component]:
-    rule = sampler_rule(plan.recipe.sampler)
     text, decoder = ("w8a16", "fp16") if precision.startswith("w") else (precision, precision)
     ids = samples["text_encoder"][0].inputs["input_ids"]
-    step, latent = samples["step_full"][0].inputs, samples["vae_decoder"][0].inputs["latent_sample"]
+    latent = samples["vae_decoder"][0].inputs["latent_sample"]
+    steps = [
+        _Component(role, *made, precision, encoding, rules, FLOAT32_MODULES)
+        for role, made in step_modules(parts.unet, plan, samples, apple_layout=apple_layout).items()
+    ]
     return [
         _Component(
             "text_encoder",
@@ -194,16 +210,7 @@ def _components(
             text,
             WEIGHTS_OF[text],
         ),
-        _Component(
-            "step_full",
-            CoreMLStep(parts.unet, plan, rule, apple_layout=apple_layout),
-            step_inputs(rule, step["latents"].shape[1:], step["prompt_embeds"].shape[1:], apple_layout=apple_layout),
-            step_outputs(rule),
-            precision,
-            encoding,
-            rules,
-            FLOAT32_MODULES,
-        ),
+        *steps,
         _Component(
             "vae_decoder",
             decoder_graph(parts.vae),
@@ -223,25 +230,28 @@ def _package_name(plan: Plan, role: str) -> str:
     return f"Stable_Diffusion_version_{name}_{_NAMES[role]}.mlpackage"
 
 
-def _rounding(
-    component: _Component,
-    unet: torch.nn.Module,
-    ranges: Mapping[str, Range] | None,
-    samples: Mapping[str, list[Sample]],
-) -> AbstractContextManager[None]:
-    """Inside, the U-Net's activations are rounded, where the component's precision asks for it."""
-    if component.role != "step_full" or not component.precision.endswith("a8"):
-        return nullcontext()
-    found = ranges
-    if found is None:
+def _measured(component: _Component, unet: torch.nn.Module, cases: Sequence[Sample]) -> Mapping[str, Range]:
+    """Ranges of the U-Net's inputs while the component runs its samples in torch."""
 
-        def calls() -> None:
-            for case in samples["step_full"]:
-                feeds = feeds_of(component.inputs, case)
-                component.module(*(torch.from_numpy(feeds[each.name]) for each in component.inputs))
+    def calls() -> None:
+        for case in cases:
+            _call(component, case)
 
-        found = input_ranges(unet, calls)
-    return quantise_inputs(unet, found, component.rules)
+    return input_ranges(unet, calls)
+
+
+def _with_own_rules(component: _Component, unet: torch.nn.Module, samples: Mapping[str, list[Sample]]) -> _Component:
+    """With the rules of the layers that the component runs: a predicted step has the first and the last ones only."""
+    if component.rules is None or component.role == "step_full":
+        return component
+    case = samples[component.role][0]
+    run = input_ranges(unet, lambda: _call(component, case))
+    return replace(component, rules={path: rule for path, rule in component.rules.items() if path in run})
+
+
+def _call(component: _Component, case: Sample) -> None:
+    feeds = feeds_of(component.inputs, case)
+    component.module(*(torch.from_numpy(feeds[each.name]) for each in component.inputs))
 
 
 def feeds_of(inputs: Sequence[PackageInput], case: Sample) -> Arrays:
@@ -335,4 +345,7 @@ def _prediction(path: Path, units: str) -> Run:
 
 
 def _ports(arrays: Arrays) -> tuple[Port, ...]:
-    return tuple(Port(name, _ROLES.get(name, name), str(array.dtype), array.shape) for name, array in arrays.items())
+    """Ports as they are named; an output that is the next step's input has its role."""
+    return tuple(
+        Port(name, name.removeprefix("next_"), str(array.dtype), array.shape) for name, array in arrays.items()
+    )
