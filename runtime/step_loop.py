@@ -66,8 +66,8 @@ def loop(
     """Run the route's steps from `state`, which is changed; `ladders` are the run's own until it ends."""
     num_steps, noise = manifest.schedule.num_steps, route.noise
 
-    def run(graph: str, row: int) -> dict[str, NDArray[Any]]:
-        roles = {**state, **ladders.current, "step": np.array(step), "split_row": np.array(row)}
+    def run(graph: str) -> dict[str, NDArray[Any]]:
+        roles = {**state, **ladders.current, "step": np.array(step), "split_row": np.array(route.row)}
         return _call(run_graph, graph, manifest.components[graph], roles, ladders.spare)
 
     ladders.reset()
@@ -75,12 +75,11 @@ def loop(
         if noise is not None:  # the last step adds none, and its draw is not made: as diffusers does
             state["noise"] = noise.draw() if step < num_steps - 1 else np.zeros_like(state["latents"])
         started = time.perf_counter()
-        made = run(STEP_FULL if kind == FULL else STEP_PREDICTED, route.row)
+        made = run(STEP_FULL if kind == FULL else STEP_PREDICTED)
         if kind == FULL:
             ladders.swap()
         elif made.get("probe_error", -math.inf) > route.limit:
-            # With row 0: the split's own corrects, at this step, what is predicted. The spare ladders stay unused.
-            kind, made = RECOMPUTED, made | run(STEP_FULL, 0)
+            kind, made = RECOMPUTED, made | run(STEP_FULL)  # what it wrote into the spare ladders is not used
         ms = (time.perf_counter() - started) * 1e3
         state |= {role: made[role] for role in ("latents", "x0_prev") if role in made}
         yield _event(manifest, step, state, ms, kind, made)

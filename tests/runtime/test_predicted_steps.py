@@ -1,7 +1,7 @@
 """The step loop with predicted steps against a NumPy reference, on hand-made graphs: what is predicted, kept and reset.
 
 The step graph of the tiny bundle with a ladder of two rungs over its two-branch output q = w x + mean(embeddings):
-computed, L' = U y + U' L; predicted, q^ = c L; then q - offset[row, step]. Zeros of U and c are selected away.
+computed, L' = U y + U' L; predicted, q^ = c L and q^ - offset[row, step]. Zeros of U and c are selected away.
 """
 
 import math
@@ -36,7 +36,7 @@ UPDATE[2, 2] = [[1, 0, 0], [1, -1, 0]]  # the next, one step on
 CANDIDATES = np.zeros((ROWS, STEPS, RUNGS), np.float32)
 CANDIDATES[1, 1], CANDIDATES[1, 3], CANDIDATES[2, 3] = [1, 0], [1, 1], [1, 1]
 OFFSET = np.zeros((ROWS, STEPS), np.float32)
-OFFSET[1] = [0.0, 0.25, -0.5, 0.75]
+OFFSET[1] = [0.0, 0.25, 0.0, 0.75]
 ERRORS = np.array([0, 0.2, 0, 0.4], np.float32)
 CHOICES = np.array([[0, 0], [5, 3], [0, 0], [8, 0]], np.int64)
 PREDICTION = PredictionSpec("whole_output", FEATURE, MASKS)
@@ -78,7 +78,6 @@ def write_steps(folder: Path, kit: SimpleNamespace, dtype: str = "float32", prob
         return new
 
     tail = [
-        make("Sub", ["q", "offset"], ["corrected"]),
         make("Gather", ["corrected", "own"], ["u"]),
         make("Gather", ["corrected", "last"], ["c"]),
         make("Sub", ["c", "u"], ["gap"]),
@@ -133,8 +132,9 @@ def write_steps(folder: Path, kit: SimpleNamespace, dtype: str = "float32", prob
     states = [value(name, T.FLOAT, LATENT) for name in ("next_latents", "next_x0_prev")]
     news = [value("next_" + role, kind, shape) for role, shape in shapes.items()]
     chosen = [value("choices", T.INT64, [2]), value("probe_error", T.FLOAT, [])] if probe else []
-    offset = table("offsets", "offset")
-    save(folder / "unet/step_full.onnx", [*full, *offset, *tail], inputs, [*states, *news], weights)
+    offset = [*table("offsets", "offset"), make("Sub", ["q", "offset"], ["corrected"])]
+    plain = [make("Identity", ["q"], ["corrected"])]
+    save(folder / "unet/step_full.onnx", [*full, *plain, *tail], inputs, [*states, *news], weights)
     save(folder / "unet/step_predicted.onnx", [*predicted, *offset, *tail], inputs, [*states, *chosen], weights)
 
 
@@ -191,15 +191,13 @@ def reference(
     """Latents after each step."""
     ladder, out = np.zeros(FEATURE, np.float32), []
     for step, kind in enumerate(kinds, first):
-        at = 0 if kind == "recomputed" else row
         if kind == "predicted":
-            q = np.tensordot(CANDIDATES[row, step], ladder, 1)
+            q = np.tensordot(CANDIDATES[row, step], ladder, 1) - OFFSET[row, step]
         else:
             q = kit.KERNEL * latents + embeds.mean((1, 2)).reshape(2, 1, 1, 1)
         if kind == "full":
             u = UPDATE[row, step]
             ladder = u[:, :1].reshape(-1, 1, 1, 1, 1) * q + np.tensordot(u[:, 1:], ladder, 1)
-        q = q - OFFSET[at, step]
         e = q[:1] + 2.0 * (q[1:] - q[:1])
         used = np.zeros_like(latents) if step == 0 else memory
         latents, memory = kit.A[step] * latents + kit.B[step] * e + kit.M[step] * used, latents - e
