@@ -14,6 +14,12 @@ import numpy as np
 from latentrelay.compress.error_matrix import ErrorMatrix
 from latentrelay.compress.probe_fidelity import Estimate, Fidelity
 
+_RANKS = {
+    "across_tokens": "over tokens: where is prediction hard?",
+    "across_candidates": "over candidates: which one is good?",
+    "preferences": "over tokens, of a candidate beside the others: who differs?",
+}
+
 
 @dataclass(frozen=True, eq=False)
 class MatrixPanel:
@@ -61,32 +67,50 @@ def plot_error_matrices(panels: Sequence[MatrixPanel], out: Path) -> None:
 
 
 def plot_probe_fidelity(groups: Mapping[str, Sequence[Fidelity]], out: Path) -> None:
-    """Two panels over probes, a bar a group and metric with its interval: Spearman over tokens, and over candidates.
-    Raises OSError."""
-    figure = _figure(10.0, 4.0)
-    panels = figure.subplots(1, 2, sharey=True)
-    names = list(dict.fromkeys(row.probe for rows in groups.values() for row in rows))
+    """Four panels over probes, a bar a group and metric with its interval over runs: the three rank correlations, and
+    what choosing by the probe leaves of the best fixed candidate's error. Raises OSError."""
+    figure = _figure(11.0, 7.0)
+    panels = figure.subplots(2, 2)
     series = {
         f"{group}, {metric}": {row.probe: row for row in rows if row.metric == metric}
         for group, rows in groups.items()
         for metric in dict.fromkeys(row.metric for row in rows)
     }
-    width = 0.8 / len(series)
-    for axis, field in zip(panels, ("across_tokens", "across_candidates"), strict=True):
-        for i, (label, found) in enumerate(series.items()):
-            at = [names.index(name) + (i + 0.5) * width - 0.4 for name in found]
-            estimates: list[Estimate] = [getattr(row, field) for row in found.values()]
-            means = np.array([each.mean for each in estimates])
-            spread = [means - [each.low for each in estimates], [each.high for each in estimates] - means]
-            axis.bar(at, means, width * 0.92, yerr=spread, color=f"C{i}", label=label, error_kw={"linewidth": 0.9})
-        axis.set_xticks(range(len(names)), names)
-        axis.set_title(f"{field.replace('_', ' ')}", fontsize=9)
-        axis.grid(axis="y", alpha=0.3)
+    for axis, (field, title) in zip(panels.flat, _RANKS.items(), strict=False):
+        _bars(axis, {name: {p: getattr(row, field) for p, row in rows.items()} for name, rows in series.items()})
+        axis.set_title(f"Spearman, {title}", fontsize=9)
         axis.axhline(0.0, color="black", linewidth=0.7)
-        axis.tick_params(labelsize=8)
-    panels[0].set_ylabel("Spearman, error on the probe and on the feature", fontsize=8)
-    panels[1].legend(fontsize=7)
+    last = panels.flat[-1]
+    ratios = {
+        name: {p: Estimate.of([row.chosen.mean / row.best_fixed.mean]) for p, row in rows.items()}
+        for name, rows in series.items()
+    }
+    _bars(last, ratios)
+    for i, rows in enumerate(series.values()):
+        best = min(row.oracle.mean / row.best_fixed.mean for row in rows.values())
+        last.axhline(best, color=f"C{i}", linewidth=1.0, linestyle=":")
+    last.axhline(1.0, color="black", linewidth=0.7)
+    last.set_ylim(0.6, 1.2)
+    last.set_title(
+        "error left by the tokens' choice over that of the best fixed row (dotted: the best choice)", fontsize=9
+    )
+    panels.flat[1].legend(fontsize=7, loc="lower right")
     _save(figure, out)
+
+
+def _bars(axis: Any, series: Mapping[str, Mapping[str, Estimate]]) -> None:
+    names = list(dict.fromkeys(name for found in series.values() for name in found))
+    width = 0.8 / len(series)
+    for i, (label, found) in enumerate(series.items()):
+        at = [names.index(name) + (i + 0.5) * width - 0.4 for name in found]
+        means = np.array([each.mean for each in found.values()])
+        ends = np.array([[each.low, each.high] for each in found.values()]).T
+        known = bool(np.isfinite(ends).all())
+        spread = [means - ends[0], ends[1] - means] if known else None
+        axis.bar(at, means, width * 0.92, yerr=spread, color=f"C{i}", label=label, error_kw={"linewidth": 0.9})
+    axis.set_xticks(range(len(names)), names)
+    axis.grid(axis="y", alpha=0.3)
+    axis.tick_params(labelsize=8)
 
 
 def _segment(panel: MatrixPanel) -> slice:

@@ -58,7 +58,9 @@ class Fidelity:
     """One probe and metric, over runs, guidance branches and predicted steps.
 
     `across_tokens`: Spearman over tokens, a candidate at a time: does the probe know where prediction is hard?
-    `across_candidates`: Spearman over candidates, a token at a time: does it know which candidate to take? `chosen`,
+    `across_candidates`: Spearman over candidates, a token at a time: does it know which candidate to take? Where all
+    tokens agree on that, a fixed candidate does as well, hence `preferences`: Spearman over tokens of a candidate's
+    error beside the others' (log error less its mean over candidates): does it know which tokens differ? `chosen`,
     `best_fixed`, `random`, `oracle`: squares that the prediction leaves over the feature's own, with tokens choosing by
     the probe, the one candidate row that is best over the runs at each step, a random row, and the best row of every
     token. `found_best`: share of tokens whose choice is the best row; 1 / candidates is chance.
@@ -69,6 +71,7 @@ class Fidelity:
     candidates: int
     across_tokens: Estimate
     across_candidates: Estimate
+    preferences: Estimate
     found_best: Estimate
     chosen: Estimate
     best_fixed: Estimate
@@ -116,6 +119,9 @@ def probe_fidelity(
     return [row.result() for row in rows]
 
 
+_BY_RUN = ("across_tokens", "across_candidates", "preferences", "found_best", "chosen", "random", "oracle")
+
+
 class _Rows:
     """What one probe and metric gathers of each run."""
 
@@ -139,11 +145,13 @@ class _Rows:
             if len(true) > 1:
                 found.setdefault("across_candidates", []).append(float(_spearman(guess, true, axis=0).mean()))
                 found.setdefault("found_best", []).append(float((choice == true.argmin(axis=0)).mean()))
+                sides = (_beside_others(guess), _beside_others(true))
+                found.setdefault("preferences", []).append(float(_spearman(*sides, axis=2).mean()))
             self._width = max(self._width, len(true))
         total = max(sum(own for _, own in fixed.values()), _TINY)
         for name, value in zip(("chosen", "random", "oracle"), left / total, strict=True):
             found[name] = [float(value)]
-        for name in ("across_tokens", "across_candidates", "found_best", "chosen", "random", "oracle"):
+        for name in _BY_RUN:
             values = found.get(name, [])
             self._numbers.setdefault(name, []).append(float(np.mean(values)) if values else math.nan)
         self._fixed.append(fixed)
@@ -181,6 +189,12 @@ def _errors(
             angles.append(1.0 - (guess * own).sum(axis=1) / np.sqrt(np.maximum(norms, _TINY)))
         shape = (len(squares), len(now), -1)
         yield step, {"l2": np.stack(squares).reshape(shape), "cosine": np.stack(angles).reshape(shape)}
+
+
+def _beside_others(errors: Doubles) -> Doubles:
+    logs = np.log(np.maximum(errors, _TINY))
+    result: Doubles = logs - logs.mean(axis=0)
+    return result
 
 
 def _spearman(left: Doubles, right: Doubles, axis: int) -> Doubles:
