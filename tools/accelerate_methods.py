@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from latentrelay.compress.denoising_chain import Correction, Floats, Start, guided, solver_step
-from latentrelay.compress.predicted_chain import Prediction, Staged, predicted_chain
+from latentrelay.compress.predicted_chain import Staged, predicted_chain
+from latentrelay.compress.prediction import Prediction
 from latentrelay.compress.solver_tables import SolverRow, SolverTable
 from latentrelay.tools.accelerate_networks import BRANCH, NOTHING, WHOLE, Networks, Values
 

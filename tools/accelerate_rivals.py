@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from latentrelay.compress.denoising_chain import Floats
 from latentrelay.compress.ladders import push
-from latentrelay.compress.predicted_chain import Prediction
+from latentrelay.compress.prediction import Prediction
 from latentrelay.compress.token_selection import combine
 from latentrelay.tools.accelerate_calibration import FittedThreshold
 from latentrelay.tools.accelerate_grids import evenly, kept_steps, natural_steps
