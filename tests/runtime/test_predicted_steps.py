@@ -450,3 +450,28 @@ def test_graphs_that_are_not_what_the_manifest_says(
     (folder / "unet/step_predicted.onnx").unlink()
     with pytest.raises(ManifestError, match=r"step_predicted\.onnx is used but not listed"):
         kit.reseal(folder, components=parts(kit, "float16"), prediction=manifest.prediction, selftest=None)
+
+
+def test_the_self_test_makes_the_ladders_that_its_file_leaves_out(
+    predicting: Callable[..., Path], kit: SimpleNamespace, backend: str
+) -> None:
+    folder = predicting()
+    manifest = Bundle.open(folder).manifest
+    noise = np.random.default_rng(0)
+    latents, memory = (noise.standard_normal(LATENT).astype(np.float32) for _ in range(2))
+    embeds = noise.standard_normal((2, kit.TOKENS, kit.WIDTH)).astype(np.float32)
+    first, second = reference(kit, latents, memory, 0, embeds, ("full", "predicted"), 1)
+    given = {"split_row": np.array(1), "prompt_embeds": embeds, "guidance": np.float32(2.0)}
+    q = kit.KERNEL * latents + embeds.mean((1, 2)).reshape(2, 1, 1, 1)
+    x0_prev = latents - (q[:1] + 2.0 * (q[1:] - q[:1]))
+    tensors: dict[str, Any] = {"step_full.out.next_latents": first, "step_predicted.out.next_latents": second}
+    for name, step, start, kept in (("step_full", 0, latents, memory), ("step_predicted", 1, first, x0_prev)):
+        sample = {**given, "latents": start, "x0_prev": kept, "step": np.array(step)}
+        tensors |= {f"{name}.in.{key}": np.asarray(array) for key, array in sample.items()}
+    tensors = {name: array if array.dtype == np.int64 else array.astype(np.float32) for name, array in tensors.items()}
+    kit.safetensors.numpy.save_file(tensors, folder / "selftest.safetensors")
+    kit.reseal(folder, components=dict(manifest.components), prediction=manifest.prediction)
+    with Session(Bundle.open(folder), backend=backend, threads=1) as session:
+        report = session.selftest()
+    assert report.ok
+    assert set(report.snr_db) == {"step_full", "step_predicted"}
