@@ -251,9 +251,12 @@ def _choice(
     """(each token's row, how often each row was chosen, the probe's error), all None with one row."""
     if not prediction.selects or prediction.metric is None:
         return None, None, None
+    rows, ladder = prediction.candidates[step], _ladder(state.probe_ladder, step)
+    if prediction.metric == "random":
+        index = np.random.default_rng(step).integers(len(rows), size=(ladder.shape[1], *ladder.shape[3:]))
+        return index, np.bincount(index.ravel(), minlength=len(rows)), None
     probe = denoiser.probe(state.latents, step, prompt_embeds)
-    rows = prediction.candidates[step]
-    index, probe_error = select(rows, _ladder(state.probe_ladder, step), probe, prediction.metric)
+    index, probe_error = select(rows, ladder, probe, prediction.metric)
     return index, np.bincount(index.ravel(), minlength=len(rows)), probe_error
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from latentrelay.compress.errors import PredictionError
 from latentrelay.compress.plan import Plan
 from latentrelay.compress.solver_tables import SolverRow, SolverTable
-from latentrelay.compress.token_selection import Metric
+from latentrelay.compress.token_selection import Choice
 from numpy.typing import NDArray
 
 Doubles = NDArray[np.float64]
@@ -26,8 +26,10 @@ class Prediction:
     """What one split's run predicts and how; tables by step of the whole run, float64.
 
     `mask` of steps split..N-1; `update` (N, M1, 1 + M1) and `candidates` (N, P, M1) as ladders.py makes them; `metric`
-    None where P is 1; the rectifier's `gain`, `offset` (N, 2, C) and `mixing` (N, 2, 3 + 2 M, C), all or none; `grid`
-    an adjusted grid in the place of the run's own. Raises PredictionError where they contradict each other.
+    None where P is 1 ("random" is a control: any row, drawn by step); the rectifier's `gain`, `offset` (N, 2, C) and
+    `mixing` (N, 2, 3 + 2 M, C), all or none; `grid` an adjusted grid in the place of the run's own; a step whose
+    `probe_error` is above `fallback_threshold` is computed after all, with no rectifier and without touching the
+    ladders. Raises PredictionError where they contradict each other.
     """
 
     split: int
@@ -35,7 +37,7 @@ class Prediction:
     target: Target
     update: Doubles
     candidates: Doubles
-    metric: Metric | None = None
+    metric: Choice | None = None
     gain: Doubles | None = None
     offset: Doubles | None = None
     mixing: Doubles | None = None

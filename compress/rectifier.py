@@ -18,7 +18,7 @@ import numpy as np
 from latentrelay.compress.compensate import wanted
 from latentrelay.compress.compensation_rows import MAX_SHRINKAGE
 from latentrelay.compress.denoising_chain import Correction, Floats, guided, solver_step
-from latentrelay.compress.error_moments import RIDGE, Doubles, damped_least_squares
+from latentrelay.compress.error_moments import Doubles, damped_least_squares
 from latentrelay.compress.errors import PredictionError
 from latentrelay.compress.predicted_chain import (
     Output,
@@ -34,6 +34,7 @@ from latentrelay.compress.solver_tables import SolverTable
 Steps = Literal["predicted", "all"]
 Progress = Callable[[str], None]
 _LEAST_POWER = 1e-12
+_RIDGE = 3e-3  # predicted steps make latents and memory nearly dependent: 1e-4 can run away, 1e-3 .. 1e-2 are alike
 _FIXED = 5  # unconditional, direction, latents, memory, one; then (unconditional, direction) of every rung from 1 on
 
 
@@ -142,7 +143,7 @@ def _regress(columns: Sequence[Floats], errors: Sequence[Floats]) -> Doubles:
         x = each.astype(np.float64).reshape(size, channels, -1).transpose(1, 0, 2)  # (C, R, pixels)
         gram += weight * x @ x.transpose(0, 2, 1)
         products += weight * (x @ error[0].astype(np.float64).reshape(channels, -1, 1))[..., 0]
-    return damped_least_squares(gram, products, RIDGE).T
+    return damped_least_squares(gram, products, _RIDGE).T
 
 
 def _advanced(

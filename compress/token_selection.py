@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 Metric = Literal["l2", "cosine"]
 METRICS: tuple[Metric, ...] = ("l2", "cosine")
+Choice = Literal["l2", "cosine", "random"]  # "random" is a control for evaluations; no plan and no graph has it
 _TINY = np.float32(1e-20)
 
 
