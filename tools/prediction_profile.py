@@ -31,7 +31,6 @@ BUDGETS = (4, 5, 6, 8, 11)  # computed steps of the device's segment
 CLOUD_BUDGETS = (4, 5, 6)
 PLOTTED, CLOUD_PLOTTED = 6, 5
 HORIZONS = (0, 4)
-_MEASURED = 12  # runs on which the network's answer to a displacement is measured
 _PACKAGES = ("latentrelay", "torch", "diffusers", "onnx", "onnxruntime", "numpy")
 _SHOWN = ("across_tokens", "across_candidates", "preferences", "chosen", "best_fixed", "oracle")
 Say = Callable[[str], None]
@@ -87,7 +86,7 @@ def profile(
 
     runs = record_runs(plain, networks[0], pipeline, prompts, seeds, split, output / "runs", recording)
     say("measuring how the network answers a displacement")
-    jacobian = fit_jacobian(runs.take(_MEASURED), networks[0], Reusing(networks[0]), solver)
+    jacobian = fit_jacobian(runs, networks[0], Reusing(networks[0]), solver)
     rows: list[dict[str, Any]] = []
     panels: list[MatrixPanel] = []
     bars: dict[str, list[Fidelity]] = {}
