@@ -2,7 +2,7 @@
 
 `Bundle.open` reads manifest.json, walks the folder, and refuses links, special files, paths that leave the folder,
 files that the manifest does not list or that are missing, sizes and sha256 that differ, and ONNX graphs whose external
-data lies anywhere but beside them in a listed file.
+data lies anywhere but beside them in a listed file. Masks of predicted steps must be those of the bundle's plan.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from latentrelay.runtime.digest import sha256_file
 from latentrelay.runtime.errors import BundleLayoutError, BundleTamperedError, ManifestError
 from latentrelay.runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, check_path
 from latentrelay.runtime.onnx_paths import external_locations
+from latentrelay.runtime.prediction_check import check_plan
 
+PLAN_NAME = "plan.json"
 _AGAIN = "Fetch the bundle again, or build it again."
 
 
@@ -55,8 +57,8 @@ class Bundle:
         """Open the bundle in folder `path`.
 
         `verify=False` leaves out the sha256 of the files (for a bundle verified before, on a disk you trust); layout,
-        sizes, external data and the manifest's own digest are checked always. `on_file` is called before each file is
-        hashed. Raises ManifestError, BundleLayoutError, BundleTamperedError.
+        sizes, external data, masks and the manifest's own digest are checked always. `on_file` is called before each
+        file is hashed. Raises ManifestError, BundleLayoutError, BundleTamperedError.
         """
         root = Path(path).resolve()
         bundle = cls(root, _read_manifest(root))
@@ -70,6 +72,7 @@ class Bundle:
         for entry in bundle.files:
             if entry.path.endswith(".onnx"):
                 _check_external_data(bundle, entry.path)
+        _check_masks(bundle)
         return bundle
 
 
@@ -144,6 +147,16 @@ def _check_sha256(root: Path, entry: FileEntry) -> None:
         raise BundleTamperedError(
             f"the sha256 of {entry.path} differs", path=entry.path, got=digest, expected=entry.sha256, do=_AGAIN
         )
+
+
+def _check_masks(bundle: Bundle) -> None:
+    """The manifest's masks are the plan's, from which the graphs' tables were made."""
+    if all(entry.path != PLAN_NAME for entry in bundle.files):
+        return
+    try:
+        check_plan(bundle.manifest, (bundle.path / PLAN_NAME).read_bytes())
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ManifestError(f"{MANIFEST_NAME} and {PLAN_NAME} disagree: {error}", path=PLAN_NAME, do=_AGAIN) from error
 
 
 def _check_external_data(bundle: Bundle, path: str) -> None:

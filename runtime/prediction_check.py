@@ -1,11 +1,13 @@
 """Do a manifest's predicted steps fit its graphs: masks, rows, and the ports of both step graphs.
 
 In: a `Manifest`. Raises ValueError, which the manifest turns into a ManifestError, so a bundle whose masks and graphs
-disagree is refused when it is opened. That the graphs are what the manifest declares is checked when they are loaded.
+disagree is refused when it is opened. `check_plan` does the same for the bundle's plan.json, from which the graphs'
+tables were made. That the graphs are what the manifest declares is checked when they are loaded.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -44,6 +46,28 @@ def check_predicted_steps(manifest: Manifest) -> None:
         _check_predicted(predicted, full, spec)
     elif any(PREDICTED in mask.mask for mask in spec.masks):
         raise ValueError(f"prediction.masks names predicted steps, but components has no {STEP_PREDICTED}")
+
+
+def check_plan(manifest: Manifest, text: bytes) -> None:
+    """Raise ValueError where the masks and rows of `text`, a bundle's plan.json, are not the manifest's."""
+    try:
+        recipe = json.loads(text)["recipe"]
+        masks = {each["split"]: tuple(each["mask"]) for each in recipe["splits"] if PREDICTED in each["mask"]}
+        rows = {int(split): row for split, row in recipe.get("prediction", {}).get("rows", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is not a plan: {type(error).__name__} {error}") from error
+    declared = manifest.prediction.masks if manifest.prediction is not None else ()
+    ours = {mask.split: mask for mask in declared if PREDICTED in mask.mask}
+    for split in sorted(set(masks) | set(ours)):
+        got, planned = ours.get(split), masks.get(split)
+        if got is None or got.mask != planned:
+            shown = "no predicted step" if got is None else ", ".join(got.mask)
+            wanted = "no predicted step" if planned is None else ", ".join(planned)
+            raise ValueError(f"prediction.masks: split {split} has {shown}, expected what the plan has: {wanted}")
+        if got.row != rows.get(split):
+            raise ValueError(
+                f"prediction.masks: split {split} has row {got.row}, expected the plan's {rows.get(split)}"
+            )
 
 
 def _check_settings(manifest: Manifest, spec: PredictionSpec) -> None:

@@ -272,20 +272,20 @@ def test_a_second_image_equals_a_fresh_process_and_what_the_caller_holds_stays(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("poison", [math.nan, math.inf, 0.0, 7.0])
 def test_what_the_ladders_hold_at_the_start_changes_nothing(
-    predicting: Callable[..., Path], backend: str, dtype: str, poison: float, monkeypatch: pytest.MonkeyPatch
+    predicting: Callable[..., Path], backend: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Session(Bundle.open(predicting(dtype)), backend=backend, threads=1) as session:
         clean = run(session)
+        for poison in (math.nan, math.inf, 0.0, 7.0):
 
-        def reset(ladders: Ladders) -> None:
-            for array in (*ladders.current.values(), *ladders.spare.values()):
-                array.fill(poison)
+            def reset(ladders: Ladders, poison: float = poison) -> None:
+                for array in (*ladders.current.values(), *ladders.spare.values()):
+                    array.fill(poison)
 
-        monkeypatch.setattr(Ladders, "reset", reset)
-        for one, other in zip(clean, run(session), strict=True):
-            np.testing.assert_array_equal(one.latents, other.latents)
+            monkeypatch.setattr(Ladders, "reset", reset)
+            for one, other in zip(clean, run(session), strict=True):
+                np.testing.assert_array_equal(one.latents, other.latents)
 
 
 def test_two_runs_at_once_do_not_share_ladders(predicting: Callable[..., Path], backend: str) -> None:

@@ -1,5 +1,6 @@
 """A manifest whose masks and graphs disagree is refused when it is written and when a bundle is opened."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,3 +145,47 @@ def test_predicted_steps_without_their_graph(bundle_folder: Path, kit: SimpleNam
     assert kit.make_manifest(bundle_folder, components=found, prediction=replace(SPEC, masks=())).prediction
     with pytest.raises(ManifestError, match="has no input split_row"):  # the plain step graph
         kit.make_manifest(bundle_folder, components=kit.components(), prediction=replace(SPEC, masks=()))
+
+
+@pytest.mark.parametrize(
+    ("splits", "rows", "words"),
+    [
+        ([[0, FULL_RUN], [1, ["full"] * 3], [2, ["full", "predicted"]]], {"0": 1, "2": 2}, None),
+        (
+            [[0, FULL_RUN], [2, ["full", "full"]]],
+            {"0": 1},
+            "split 2 has full, predicted, expected .* no predicted step",
+        ),
+        ([[0, FULL_RUN], [1, ["full", "full", "predicted"]], [2, ["full", "predicted"]]], {}, "split 0 has row 1"),
+        (
+            [[0, [*FULL_RUN[:3], "full"]], [2, ["full", "predicted"]]],
+            {},
+            "split 0 has full, predicted, full, predicted",
+        ),
+        ([[0, FULL_RUN], [2, ["full", "predicted"]]], {"0": 2, "2": 1}, "split 0 has row 1, expected the plan's 2"),
+        ("nonsense", {}, "it is not a plan"),
+    ],
+)
+def test_masks_that_are_not_the_plans(
+    bundle_folder: Path, kit: SimpleNamespace, splits: Any, rows: dict[str, int], words: str | None
+) -> None:
+    listed = splits if isinstance(splits, str) else [{"split": k, "mask": list(mask)} for k, mask in splits]
+    plan = {"schema_version": "1.3", "recipe": {"splits": listed, "prediction": {"rows": rows}}}
+    (bundle_folder / "plan.json").write_text(json.dumps(plan))
+    kit.reseal(bundle_folder, components=parts(kit), prediction=SPEC)
+    if words is None:
+        assert Bundle.open(bundle_folder, verify=False).manifest.prediction == SPEC
+    else:
+        with pytest.raises(ManifestError, match=words) as caught:
+            Bundle.open(bundle_folder, verify=False)
+        assert caught.value.path == "plan.json"
+
+
+def test_a_plan_with_predicted_steps_and_a_manifest_without(bundle_folder: Path, kit: SimpleNamespace) -> None:
+    recipe = {"splits": [{"split": 0, "mask": list(FULL_RUN)}], "prediction": {"rows": {"0": 1}}}
+    (bundle_folder / "plan.json").write_text(json.dumps({"recipe": recipe}))
+    kit.reseal(bundle_folder)
+    with pytest.raises(
+        ManifestError, match="split 0 has no predicted step, expected what the plan has: full, predicted"
+    ):
+        Bundle.open(bundle_folder)
