@@ -37,10 +37,14 @@ class StepGraph(Protocol):
 
 
 class GridDenoiser(StagedDenoiser, Protocol):
-    """A staged denoiser that also serves another grid."""
+    """A staged denoiser that also serves another grid, and knows which of its parts read the text states."""
 
     def on_grid(self, table: SolverTable) -> StagedDenoiser:
         """The same network at another grid's timesteps."""
+        ...
+
+    def reads_states(self, part: str) -> bool:
+        """Whether "full", "shallow" or "probe" does."""
         ...
 
 
@@ -92,7 +96,8 @@ def check_predicted(
 
 
 def numpy_steps(plan: Plan, start: Start, guidance: float, staged: GridDenoiser) -> Iterator[_Step]:
-    """The run of one split in NumPy, with every step's inputs and outputs under the graphs' port names."""
+    """The run of one split in NumPy, with every step's inputs and outputs under the graphs' port names, and no other
+    inputs than the step's graph has."""
     prediction = Prediction.of_plan(plan, start.split)
     if prediction is None:
         return
@@ -116,7 +121,10 @@ def numpy_steps(plan: Plan, start: Start, guidance: float, staged: GridDenoiser)
             results |= {"choices": out.choices, "probe_error": np.asarray(out.probe_error)}
         inputs = _inputs(plan, prediction, state if state.feature_ladder is not None else _empty(state, after))
         inputs |= {"step": np.array(step, np.int64), "guidance": np.array(guidance, np.float32)}
-        inputs["prompt_embeds"] = start.prompt_embeds
+        parts = [kind] if kind == FULL else ["shallow"] * (prediction.target == "deep_feature")
+        parts += ["probe"] * (kind != FULL and prediction.selects)
+        if any(staged.reads_states(part) for part in parts):
+            inputs["prompt_embeds"] = start.prompt_embeds
         yield _Step(kind, inputs, results)
         state = after
 
@@ -145,10 +153,9 @@ def _moved(step: _Step, got: Feeds) -> int:
 
 
 def _called(sessions: Mapping[str, StepGraph], step: _Step, feeds: Feeds) -> Feeds:
-    names, session = list(step.outputs), sessions["step_full" if step.kind == FULL else "step_predicted"]
-    ports = getattr(session, "get_inputs", None)  # a plain session takes no input that its graph lacks
-    taken = feeds if ports is None else {port.name: feeds[port.name] for port in ports()}
-    return dict(zip(names, session.run(names, taken), strict=True))
+    session = sessions["step_full" if step.kind == FULL else "step_predicted"]
+    names = list(step.outputs)
+    return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def _inputs(plan: Plan, prediction: Prediction, state: RunState) -> Feeds:

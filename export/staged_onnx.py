@@ -67,6 +67,11 @@ class StagedOnnx:
         other._table = table
         return other
 
+    def reads_states(self, part: str) -> bool:
+        """Whether "full", "shallow" or "probe" has the text states among its inputs."""
+        model = onnx.load(str(self._cuts[part]), load_external_data=False)
+        return any(value.name == STATES for value in model.graph.input)
+
     def __call__(self, latents: Floats, step: int, prompt_embeds: Floats) -> Floats:
         """The whole network as a `Denoiser`."""
         return self.full(latents, step, prompt_embeds).noise_pred
