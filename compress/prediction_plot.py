@@ -91,9 +91,7 @@ def plot_probe_fidelity(groups: Mapping[str, Sequence[Fidelity]], out: Path) -> 
         last.axhline(best, color=f"C{i}", linewidth=1.0, linestyle=":")
     last.axhline(1.0, color="black", linewidth=0.7)
     last.set_ylim(0.75, 1.1)
-    last.set_title(
-        "squared error, tokens' choice over the best fixed row; dotted: the best choice", fontsize=9
-    )
+    last.set_title("squared error, tokens' choice over the best fixed row; dotted: the best choice", fontsize=9)
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     _save(figure, out)
 
@@ -106,7 +104,7 @@ def _bars(axis: Any, series: Mapping[str, Mapping[str, Estimate]]) -> None:
         means = np.array([each.mean for each in found.values()])
         ends = np.array([[each.low, each.high] for each in found.values()]).T
         known = bool(np.isfinite(ends).all())
-        spread = [means - ends[0], ends[1] - means] if known else None
+        spread = [(means - ends[0]).tolist(), (ends[1] - means).tolist()] if known else None
         axis.bar(at, means, width * 0.92, yerr=spread, color=f"C{i}", label=label, error_kw={"linewidth": 0.9})
     axis.set_xticks(range(len(names)), names)
     axis.grid(axis="y", alpha=0.3)

@@ -84,6 +84,9 @@ def adjusted_sigmas(sigmas: Doubles, factors: Doubles, first: int, last_excl: in
     """
     if sigmas.shape != (len(factors) + 1,) or not 0 <= first < last_excl <= len(factors):
         raise ScheduleError("segment", got=f"{first}..{last_excl}, {sigmas.shape}", expected=f"({len(factors)} + 1,)")
+    if not np.isfinite(sigmas[first : last_excl + 1]).all():
+        do = "Let the segment begin at a step whose alpha_cumprod is not 0."
+        raise ScheduleError("the segment's levels", got=sigmas[first], expected="finite numbers", do=do)
     if factors[last_excl - 1] != 1.0:
         raise ScheduleError("the segment's last step", got=factors[last_excl - 1], expected="1: it is computed")
     tau, end = sigmas.copy(), sigmas[last_excl]
@@ -93,7 +96,7 @@ def adjusted_sigmas(sigmas: Doubles, factors: Doubles, first: int, last_excl: in
         rho = (tau[i] - end) / (sigmas[i] - end)
         tau[i + 1] = tau[i] - rho * (sigmas[i] - sigmas[i + 1]) * factors[i]
     within = tau[first : last_excl + 1]
-    if not (np.isfinite(within).all() and (np.diff(within) < 0).all()):
+    if not (np.diff(within) < 0).all():
         raise ScheduleError("the adjusted grid does not fall strictly", got=[float(f"{x:.4g}") for x in within])
     return tau
 
