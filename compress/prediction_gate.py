@@ -158,14 +158,14 @@ def _searched(bench: Bench, split: int, target: Target, probe: str | None, say: 
     search.rows.append(search.row(search.best, plain, None, None))
     search.try_part("order above 0", lambda best: [replace(best, spec=spec) for spec in _SINGLE])
     search.try_part("mask policy", lambda best: [replace(best, policy=policy) for policy in ("threshold", "dp")])
+    search.try_part("order above 0", lambda best: [replace(best, spec=spec) for spec in _others(best)])  # on that mask
     if probe is not None:
         search.try_part("choice per token", _choices)
     before_grid = search.best
     search.try_part("adjusted grid", lambda best: [replace(best, grid="nominal"), replace(best, grid="actual")])
     adjusted, search.best = search.best, before_grid
-    search.try_part("rectifier", lambda best: [replace(best, rectify="predicted")])
+    search.try_part("rectifier", lambda best: [replace(best, rectify="predicted"), replace(best, rectify="all")])
     if search.best.rectify is not None:
-        search.try_part("rectifier on computed steps", lambda best: [replace(best, rectify="all")])
         search.try_part("order above 0", lambda best: [replace(best, spec=s) for s in _others(best)])
         search.try_part("mask policy", lambda best: [replace(best, policy=p) for p in bench.policies])
     if adjusted.grid is not None:  # grid and rectifier exclude each other: its aims are at the nominal noise levels
@@ -259,7 +259,7 @@ def _has(part: str, candidate: Candidate, shipped: Candidate) -> bool:
         return shipped.metric is not None
     if part.startswith("adjusted grid"):
         return shipped.grid is not None
-    return shipped.rectify is not None and (part == "rectifier" or shipped.rectify == "all")
+    return shipped.rectify is not None
 
 
 def _by_split(runs: Trajectories, table: SolverTable) -> Callable[[int], tuple[Segment, ...]]:

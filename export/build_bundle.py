@@ -28,6 +28,7 @@ from latentrelay.export.calibration import Calibration, default_calibration
 from latentrelay.export.errors import UnsupportedSourceError
 from latentrelay.export.light_decoder import checked_light_vae
 from latentrelay.export.package_style import PackageStyle
+from latentrelay.export.prediction_pass import PredictionAsk
 from latentrelay.export.source import SourceModel, load_source
 from latentrelay.export.stages import StageStore
 from latentrelay.export.student import with_student
@@ -78,6 +79,7 @@ def export(
     work: Path | str | None = None,
     recipe: PrecisionRecipe | None = None,
     packages: PackageStyle | None = None,
+    prediction: PredictionAsk | None = None,
 ) -> ExportResult:
     """Export a Stable Diffusion pipeline as a bundle for a device.
 
@@ -95,7 +97,8 @@ def export(
     judged on (`default_calibration()` if not given). `work`: a folder for stages that a later build can take over; with
     None they are made in a temporary folder beside `out` and removed. `recipe`: a rule for every layer, in the place of
     the precision's plain ones; its precision is the bundle's, and its kernels must be the profile's. `packages`: how
-    Core ML packages are written, for a profile whose backend is Core ML.
+    Core ML packages are written, for a profile whose backend is Core ML. `prediction`: how much faster the device's
+    part should run by predicting steps instead of computing them, fitted and judged on `calibration` too.
 
     Raises ExportError and its kin (source, architecture, output, parity), UnsupportedSchedulerError, ProfileError,
     RequestError.
@@ -130,7 +133,7 @@ def export(
         rows, columns = latent_size(source.pipeline.unet, height, width, downscale)
         job = BundleJob(
             source, cloud, target, plan, scheduler, rows, columns, downscale, guidance, vae,
-            wanted, calibration or default_calibration(), stages, recipe, packages or PackageStyle(),
+            wanted, calibration or default_calibration(), stages, recipe, packages or PackageStyle(), prediction,
         )  # fmt: skip
         with bundle_folder(folder, overwrite=overwrite) as partial:
             digest, parity_db, refined = job.run(folder.name, partial)

@@ -29,12 +29,15 @@ from latentrelay.export.onnx_graphs import UNET_DATA, TextEncoderGraph, UNetGrap
 from latentrelay.export.package_style import PackageStyle
 from latentrelay.export.parity import Sample, check_components, check_step, collect_samples, open_session
 from latentrelay.export.precision_pass import COREML, PrecisionPass, Refined
+from latentrelay.export.predicted_bundle import plain_row, predicted_sample, prediction_spec, with_ladders
+from latentrelay.export.predicted_parity import check_predicted
+from latentrelay.export.prediction_pass import PredictionAsk, PredictionPass
 from latentrelay.export.reference_run import ReferenceRun, record_run
 from latentrelay.export.sample_file import load_samples, save_samples
 from latentrelay.export.selftest import write_selftest
 from latentrelay.export.source import SourceModel
 from latentrelay.export.stages import StageStore, place_files, read_json, stage_digest
-from latentrelay.export.step_writer import write_step
+from latentrelay.export.step_writer import write_predicted, write_step
 from latentrelay.export.tokenizer_file import write_tokenizer
 from latentrelay.runtime.digest import weights_digest
 from latentrelay.runtime.manifest import Component
@@ -64,6 +67,7 @@ class BundleJob:
     stages: StageStore
     recipe: PrecisionRecipe | None = None
     style: PackageStyle = field(default_factory=PackageStyle)
+    prediction: PredictionAsk | None = None
 
     def run(self, name: str, folder: Path) -> tuple[str, dict[str, float], Refined]:
         """Write the bundle into `folder`: its digest, the lowest SNR in dB per component, what the precision took."""
@@ -71,7 +75,7 @@ class BundleJob:
         made = {"text_encoder": self._text_encoder(), "vae_decoder": self._vae_decoder(), "unet": self._unet()}
         parity = self._parity(made, samples)
         refined = self._refined(made, samples)
-        ports_of, spec = self._components(samples, refined), backend_spec(self.profile, self.precision)
+        spec = backend_spec(self.profile, self.precision)
         with self.stages.timed("layout", "writing configuration, tokenizer and plan"):
             write_layout(self.source.pipeline, self.scheduler, folder, self.vae)
             tokenizer = write_tokenizer(self.source.pipeline.tokenizer, folder / "tokenizer")
@@ -80,15 +84,35 @@ class BundleJob:
                 place_files(stage, folder / component)
             if refined.packages is not None:
                 place_files(refined.packages / COREML, folder / COREML)
-        with self.stages.timed("step_graphs", "merging the step graph"):
-            write_step(refined.step_plan or refined.plan, folder / PATHS["step_full"], self._example(), self._opset)
-        with self.stages.timed("parity", "comparing the step graph"):
-            plan = refined.step_plan or refined.plan
+        plan = refined.step_plan or refined.plan
+        with self.stages.timed("step_graphs", "merging the step graphs"):
+            write_step(plan, folder / PATHS["step_full"], self._example(), self._opset)
+            if plan.recipe.prediction:
+                write_predicted(plan, folder / PATHS["step_predicted"], self._example(), self._opset)
+        with self.stages.timed("parity", "comparing the step graphs"):
+            plain = plain_row(plan, folder / PATHS["unet"], self._latent)
+            staged = None
+            if plan.recipe.prediction:
+                staged = self._predicting.staged(refined.graphs["unet"], plan.recipe.prediction["probe"])
+                samples = {
+                    **samples,
+                    "step_full": with_ladders(samples["step_full"], plain),
+                    "step_predicted": [predicted_sample(plan, reference, staged)],
+                }
+            ports_of = self._components(samples, refined)
             sessions = {name: DeployedSession(folder / PATHS[name], ports_of[name], spec) for name in refined.quantised}
             step = sessions.get("step_full") or open_session(folder / PATHS["step_full"])
             parity |= check_step(
-                step, plan, samples["step_full"], reference, self.rule, refined.denoiser, self.stages.progress
+                step, plan, samples["step_full"], reference, self.rule, refined.denoiser, self.stages.progress, plain
             )
+            if staged is not None:
+                quantised = "step_full" in sessions
+                predicted = DeployedSession(folder / PATHS["step_predicted"], ports_of["step_predicted"], spec)
+                sessions |= {"step_predicted": predicted} if quantised else {}
+                graphs = {"step_full": step, "step_predicted": predicted}
+                parity |= check_predicted(
+                    graphs, plan, reference, staged, quantised=quantised, progress=self.stages.progress
+                )
         parity |= {name: dict(values) for name, values in refined.parity.items()}
         with self.stages.timed("manifest", "writing the self-test and the manifest"):
             selftest = write_selftest(folder, samples, sessions, packaged=bool(refined.coreml))
@@ -108,17 +132,15 @@ class BundleJob:
                 decoder=None if self.vae is self.source.pipeline.vae else decoder_spec(self.vae),
                 quality=refined.quality,
                 coreml=refined.coreml,
+                prediction=prediction_spec(plan, folder / PATHS["unet"], self._latent),
             )
         return digest, {component: float(values["snr_db"]) for component, values in parity.items()}, refined
 
     def _refined(self, made: Mapping[str, Path], samples: Mapping[str, list[Sample]]) -> Refined:
         """The precision's graphs, and Core ML packages where the profile runs those."""
-        latent = (self.plan_channels, self.rows, self.columns)
-        calibrated = CalibratedRuns(
-            self.source, self.cloud, self.plan, self.profile, latent, self.guidance,
-            self.precision, self.calibration, self.stages,
-        )  # fmt: skip
+        calibrated = self._calibrated
         refined = PrecisionPass(calibrated, self.precision, self.stages, self.recipe).run(made, samples)
+        refined = self._predicting.add(refined)
         if self.profile.backend.name != "coreml":
             return refined
         from latentrelay.export.coreml_pass import CoreMLPass  # coremltools takes seconds to import
@@ -127,6 +149,21 @@ class BundleJob:
             calibrated, self.vae, self.precision, self.stages, made["unet"], self._keys["run"], self.style
         )
         return packages.add(refined, samples)
+
+    @property
+    def _latent(self) -> tuple[int, int, int]:
+        return self.plan_channels, self.rows, self.columns
+
+    @cached_property
+    def _calibrated(self) -> CalibratedRuns:
+        return CalibratedRuns(
+            self.source, self.cloud, self.plan, self.profile, self._latent, self.guidance,
+            self.precision, self.calibration, self.stages,
+        )  # fmt: skip
+
+    @cached_property
+    def _predicting(self) -> PredictionPass:
+        return PredictionPass(self._calibrated, self.prediction, self.stages)
 
     @property
     def rule(self) -> SamplerRule:

@@ -23,6 +23,7 @@ from latentrelay.runtime.manifest import (
     LatentSpec,
     Manifest,
     Port,
+    PredictionSpec,
     Schedule,
     SelftestSpec,
     Source,
@@ -34,13 +35,15 @@ PATHS: Mapping[str, str] = {
     "text_encoder": "text_encoder/model.onnx",
     "unet": "unet/model.onnx",
     "step_full": "unet/step_full.onnx",
+    "step_predicted": "unet/step_predicted.onnx",
     "vae_decoder": "vae_decoder/model.onnx",
 }
 # Activations are taken from the system and given back: with ONNX Runtime's arena and its block for the whole plan they
 # are held twice, half as much again of a process's peak, for about a tenth of the processor time.
 MEMORY_OPTIONS: Mapping[str, bool] = {"cpu_arena": False, "memory_pattern": False}
 # A port's role is its name, but for the step graph's outputs, which are the next step's inputs.
-_ROLES = {"next_latents": "latents", "next_x0_prev": "x0_prev"}
+_NEXT = ("latents", "x0_prev", "feature_ladder", "probe_ladder")
+_ROLES = {f"next_{role}": role for role in _NEXT}
 _BATCHED = ("text_encoder", "unet", "vae_decoder")
 
 
@@ -100,6 +103,7 @@ def write_manifest(
     decoder: DecoderSpec | None = None,
     quality: Mapping[str, Any] | None = None,
     coreml: tuple[CoreMLPackage, ...] = (),
+    prediction: PredictionSpec | None = None,
 ) -> str:
     """Write manifest.json into the finished `folder`, return its digest; `latent` = rows, columns, downscale."""
     rows, columns, downscale = latent
@@ -132,6 +136,7 @@ def write_manifest(
         decoder=decoder,
         quality=dict(quality or {}),
         coreml=coreml,
+        prediction=prediction,
         additional_metadata=dict(source.notes),
     ).sealed()
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json_bytes())

@@ -128,8 +128,11 @@ def check_step(
     rule: SamplerRule,
     denoiser: Denoiser | None,
     progress: Callable[[str], None],
+    plain: Feeds | None = None,
 ) -> dict[str, dict[str, float]]:
     """The step graph in its `session`: "step_full" teacher-forced, "chained_run" fed with its own results.
+
+    `plain`: inputs that every step is given besides, where the graph serves predicted steps too.
 
     With a float network (`denoiser` None) both are compared with torch. A quantised one is `denoiser`, and both are
     compared with the plan's tables applied to its output in NumPy: the graph must be the tables, whatever the network
@@ -138,12 +141,12 @@ def check_step(
     table = plan.recipe.solver_table
     gate = COMPONENT_GATE_DB if denoiser is None else CHAINED_GATE_DB
     if denoiser is not None:
-        cases = [Sample(case.inputs, step_in_numpy(plan, case.inputs, denoiser)) for case in cases]
+        cases = [Sample(case.inputs, case.outputs | step_in_numpy(plan, case.inputs, denoiser)) for case in cases]
     progress("parity: step_full")
     report = {"step_full": {"snr_db": _gate("step_full", _lowest(session, cases), gate)}}
     progress("parity: chained run")
     steps = range(len(table.rows))
-    feeds = (_step_sample(run, step, rule).inputs for step in steps)
+    feeds = (_step_sample(run, step, rule).inputs | (plain or {}) for step in steps)
     expected = run.latents[-1] if denoiser is None else _chained_in_numpy(plan, run, rule, denoiser)
     chained = snr_db(expected, _chained(session, feeds, rule))
     report["chained_run"] = {"snr_db": _gate("chained_run", chained, CHAINED_GATE_DB)}

@@ -55,8 +55,13 @@ def run(
     recipe: Path | None = None,
     coreml_encoding: str | None = None,
     apple_layout: bool = False,
+    speedup: float | None = None,
+    predict: str = "auto",
+    predict_splits: str | None = None,
 ) -> None:
     """Build and print.
+
+    `speedup`, `predict`, `predict_splits` (numbers with commas): which steps the device predicts; None computes all.
 
     `precision`: of the device's U-Net; "auto" is the profile's own. `prompts`: a file, one a line, to calibrate on.
     `work`: where stages are kept for the next build, OUTPUT.work if not given. `recipe`: a file with a rule for every
@@ -102,6 +107,7 @@ def run(
             overwrite=overwrite,
             precision=chosen,
             packages=_packages(coreml_encoding, apple_layout),
+            prediction=_prediction(speedup, predict, predict_splits),
             recipe=_recipe(recipe, parts.get("student"), chosen, profile),
             calibration=calibration(model, prompts),
             work=place,
@@ -139,6 +145,21 @@ def _precision(asked: str, profile: DeviceProfile, sampler: str) -> str:
         err.print(f"[yellow]precision:[/] {target[:2]}a16, not {target}: few-step runs are not calibrated yet")
         return f"{target[:2]}a16"
     return target
+
+
+def _prediction(speedup: float | None, predict: str, splits: str | None) -> Any:
+    """What is asked to be predicted, None where nothing is. Raises RequestError."""
+    from latentrelay.export.prediction_pass import PredictionAsk
+
+    if speedup is None:
+        if predict != "auto" or splits is not None:
+            raise RequestError("--predict and --predict-splits go with --speedup", do="Give --speedup too.")
+        return None
+    try:
+        chosen = tuple(sorted({int(word) for word in splits.split(",")})) if splits is not None else ()
+    except ValueError as error:
+        raise RequestError("the splits are not numbers", got=splits, expected="numbers with commas, as 0,8") from error
+    return PredictionAsk(speedup, predict, chosen)  # type: ignore[arg-type]  # which checks it
 
 
 def _packages(encoding: str | None, apple_layout: bool) -> Any:

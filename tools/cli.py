@@ -268,6 +268,17 @@ def build(
     apple_layout: Annotated[
         bool, typer.Option("--apple-layout", help="Core ML prompt states as (B, D, 1, T), as Apple's own U-Nets.")
     ] = False,
+    speedup: Annotated[
+        float | None,
+        typer.Option(help="Predict steps: how many times faster the device's part should be. None if not given."),
+    ] = None,
+    predict: Annotated[
+        str, typer.Option(help="With --speedup, what is predicted: whole_output, deep_feature, or auto: the better.")
+    ] = "auto",
+    predict_splits: Annotated[
+        str | None,
+        typer.Option(help="With --speedup, the splits that predict steps, as 0,8; 0 and the profile's if not given."),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="A file with a rule for every layer; a released student's own if not given.")
     ] = None,
@@ -302,6 +313,9 @@ def build(
         steps=steps,
         loras=lora or (),
         few_step=few_step,
+        speedup=speedup,
+        predict=predict,
+        predict_splits=predict_splits,
         profiles=profiles,
         overwrite=overwrite,
         as_json=as_json,
@@ -420,11 +434,29 @@ def bench(
     rows: Annotated[list[str] | None, typer.Option("--row", help="Only this row; give it several times.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of every row; all cores if not given.")] = None,
     rounds: Annotated[int, typer.Option(help="5 or more; each runs every row once.")] = 7,
+    predicted: Annotated[
+        bool, typer.Option("--predicted", help="Predicted steps beside a computed one, instead; one thread.")
+    ] = False,
     work: Annotated[Path | None, typer.Option(help="Keep the graphs here for another run; figures never are.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON object here.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time one guided step here against torch, Optimum, OpenVINO and NNCF: the same network, interleaved in one run."""
+    if predicted:
+        from latentrelay.tools import bench_predicted
+
+        _refuse({"--bundle": bundle, "--row": rows}, "--predicted")
+        status = bench_predicted.run(
+            geometry=geometry,
+            model=model,
+            student=student,
+            threads=threads,
+            rounds=rounds,
+            work=work,
+            output=output,
+            as_json=as_json,
+        )
+        raise typer.Exit(status)
     from latentrelay.tools import bench
 
     status = bench.run(
@@ -472,18 +504,24 @@ def evaluate(
     precision: Annotated[
         str | None, typer.Option(help="Precisions of the device's U-Net side by side, instead: all, or 'w8a8,w4a8'.")
     ] = None,
+    accelerate: Annotated[
+        str | None, typer.Option(help="Ways to run fewer steps side by side, instead: all, or families with commas.")
+    ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", "-d", help="For --precision: a profile; this machine's if not given.")
+        str | None,
+        typer.Option("--device", "-d", help="For --precision, --accelerate: a profile; this machine's if not given."),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="For --sweep and --precision: the folder, runs/sweep or runs/precision."),
+        typer.Option("--output", "-o", help="For --sweep, --precision, --accelerate: the folder, by default in runs/."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Score a model's pictures of held-out Scenes captions with the judge; with --sweep, of its hybrid runs."""
-    if sweep + vae + few_step + (precision is not None) > 1:
-        raise typer.BadParameter("--sweep, --vae, --few-step and --precision are evaluations of their own; ask for one")
+    if sweep + vae + few_step + (accelerate is not None or precision is not None) > 1:
+        raise typer.BadParameter(
+            "--sweep, --vae, --few-step, --precision and --accelerate are evaluations of their own; ask for one"
+        )
     if few_step:
         from latentrelay.tools import evaluate_few_step
 
@@ -495,15 +533,32 @@ def evaluate(
             captions, seed, student=name, folder=None, adapters=None, data_split=split, as_json=as_json
         )
         return
-    if precision is not None:
+    if accelerate is not None or precision is not None:
+        asked = "--precision" if accelerate is None else "--accelerate"
         unused = {
             "--lora": lora, "--decoder": decoder, "--sheet": sheet, "--held-out": held_out, "--guidance": guidance,
         }  # fmt: skip
-        _refuse(unused, "--precision")
+        _refuse(unused, asked)
         if model != "reference" or len(student or ()) > 1 or (splits or "0").count(","):
-            raise typer.BadParameter(
-                "--precision takes the reference, at most one --student, and one number as --splits"
-            )
+            raise typer.BadParameter(f"{asked} takes the reference, at most one --student, and one number as --splits")
+    if accelerate is not None:
+        from latentrelay.tools import evaluate_accelerate
+
+        evaluate_accelerate.run(
+            accelerate,
+            captions,
+            seed,
+            device=device,
+            student=student[0] if student else None,
+            split=_whole(splits, "--splits", 8),
+            num_steps=num_steps,
+            precision=precision,
+            data_split=split,
+            output=output or Path("runs/accelerate"),
+            as_json=as_json,
+        )
+        return
+    if precision is not None:
         from latentrelay.tools import evaluate_precision
 
         evaluate_precision.run(
@@ -519,7 +574,7 @@ def evaluate(
             as_json=as_json,
         )
         return
-    _refuse({"--device": device}, "evaluate without --precision")
+    _refuse({"--device": device}, "evaluate without --precision or --accelerate")
     if sweep or vae:
         _refuse({"--lora": lora}, "--sweep and --vae")
     if sweep:

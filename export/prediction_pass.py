@@ -1,0 +1,142 @@
+"""Predicted steps for one build: which steps of a split's run the device predicts, fitted on the deployed graph.
+
+In: what the precision made (its U-Net graph, its plan with the compensation) and the recorded runs. Out: the same with
+masks, ladder, candidate and rectifier tables in the plan, and the figures for the manifest. What a step costs is timed
+on the machine that builds; what is decided is compress/prediction_gate.py's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from latentrelay.compress.plan import Plan, SplitMask
+from latentrelay.compress.prediction import Target
+from latentrelay.compress.prediction_gate import StepCosts, plan_prediction
+from latentrelay.export.bundle_folder import write_json
+from latentrelay.export.bundle_manifest import backend_spec
+from latentrelay.export.calibrated_runs import CalibratedRuns, plan_digest
+from latentrelay.export.compensation_file import TableCorrection
+from latentrelay.export.precision_pass import Refined
+from latentrelay.export.prediction_file import load_prediction, save_prediction
+from latentrelay.export.staged_onnx import StagedOnnx
+from latentrelay.export.stages import StageStore, read_json, stage_digest
+from latentrelay.export.step_costs import measure_costs
+from latentrelay.runtime.errors import RequestError
+from latentrelay.runtime.strict_json import record_to_json
+
+_GRAPH, _COSTS = "model.onnx", "costs.json"
+TARGETS = ("auto", "whole_output", "deep_feature")
+
+
+@dataclass(frozen=True)
+class PredictionAsk:
+    """What was asked for: how many times faster the device's part should run than with every step computed, what may
+    be predicted ("auto": both, the better one ships), and from which splits (none: those that runs are recorded from).
+
+    Raises RequestError.
+    """
+
+    speedup: float
+    target: Target | Literal["auto"] = "auto"
+    splits: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1.0 < self.speedup <= 100.0:
+            raise RequestError("speedup is out of range", got=self.speedup, expected="above 1, at most 100")
+        if self.target not in TARGETS:
+            raise RequestError("unknown target of prediction", got=self.target, expected=" | ".join(TARGETS))
+
+
+@dataclass(frozen=True)
+class PredictionPass:
+    """One build's; `ask` None predicts nothing."""
+
+    calibrated: CalibratedRuns
+    ask: PredictionAsk | None
+    stages: StageStore
+
+    def add(self, refined: Refined) -> Refined:
+        """`refined` with predicted steps in its plan, or as it was where none was asked for or none held up.
+
+        Raises RequestError for runs that predict nothing: few-step samplers, and Core ML profiles.
+        """
+        if self.ask is None:
+            return refined
+        self._check()
+        plan, report = self._planned(refined.plan, refined.graphs["unet"], self.ask)
+        return dataclasses.replace(refined, plan=plan, quality={**refined.quality, "prediction": report})
+
+    def staged(self, unet: Path, probe: str | None = "P1") -> StagedOnnx:
+        """The U-Net in its deployed sessions with its cut points. The cut graphs, and the copy of the weights that
+        ONNX Runtime wants beside them, lie in the work folder."""
+        calibrated = self.calibrated
+        folder = self.stages.folder / f"cut-{stage_digest(unet).removeprefix('sha256:')[:16]}-{probe}"
+        spec = backend_spec(calibrated.profile, calibrated.precision)
+        table = calibrated.plan.recipe.solver_table
+        return StagedOnnx(unet / _GRAPH, folder, table, spec, *calibrated.shapes, probe=probe)
+
+    def _check(self) -> None:
+        recipe = self.calibrated.plan.recipe
+        if not self.calibrated.two_branches:
+            raise RequestError(
+                "a few-step run predicts no steps: there is nothing between its steps",
+                got=f"sampler {recipe.sampler}",
+                do="Leave --speedup out.",
+            )
+        if self.calibrated.profile.backend.name == "coreml":
+            raise RequestError(
+                "predicted steps are not fitted on Core ML packages yet",
+                got=self.calibrated.profile.name,
+                expected="a profile whose backend is onnxruntime or openvino",
+                do="Leave --speedup out.",
+            )
+        bad = [split for split in (self.ask.splits if self.ask else ()) if not 0 <= split < recipe.num_steps]
+        if bad:
+            raise RequestError("no such split", got=bad[0], expected=f"0 .. {recipe.num_steps - 1}")
+
+    def _planned(self, plan: Plan, unet: Path, ask: PredictionAsk) -> tuple[Plan, Mapping[str, Any]]:
+        calibrated = self.calibrated
+        spec = backend_spec(calibrated.profile, calibrated.precision)
+        splits = ask.splits or calibrated.splits
+        network = {"graph": stage_digest(unet), "backend": record_to_json(spec), "plan": plan_digest(plan)}
+
+        def timed(folder: Path) -> None:
+            feeds = next(iter(calibrated.runs(held_out=False)))
+            write_json(folder / _COSTS, dataclasses.asdict(measure_costs(self.staged(unet), plan, feeds, spec)))
+
+        stage = self.stages.made("step_costs", "timing computed and predicted steps", network, timed)
+        costs = StepCosts(**read_json(stage, _COSTS))
+
+        def write(folder: Path) -> None:
+            correction = TableCorrection(
+                {name: table for name, table in plan.tables.arrays().items() if name.startswith("compensation_")}
+            )
+            outcome = plan_prediction(
+                calibrated.runs(held_out=False),
+                calibrated.runs(held_out=True),
+                self.staged(unet),
+                plan.recipe.solver_table,
+                correction if correction.tables else None,
+                costs,
+                splits,
+                ask.speedup,
+                calibrated.source.pipeline.scheduler.config.prediction_type,
+                targets=None if ask.target == "auto" else (ask.target,),
+                progress=self.stages.progress,
+            )
+            save_prediction(folder, outcome)
+
+        inputs = {**network, "ask": dataclasses.asdict(ask), "costs": dataclasses.asdict(costs), **calibrated.key()}
+        found = load_prediction(self.stages.made("prediction", "planning predicted steps", inputs, write))
+        recipe = dataclasses.replace(
+            plan.recipe,
+            prediction=found.recipe,
+            splits=tuple(SplitMask(each.split, found.masks.get(each.split, each.mask)) for each in plan.recipe.splits),
+            corrections=(*plan.recipe.corrections, *found.evidence),
+        )
+        tables = dataclasses.replace(plan.tables, **found.tables)
+        return dataclasses.replace(plan, recipe=recipe, tables=tables), found.report
