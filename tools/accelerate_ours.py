@@ -8,9 +8,10 @@ killed evaluation goes on. The fitting itself is compress/'s; nothing is decided
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
@@ -55,14 +56,30 @@ class OurSettings:
 
 @dataclass(frozen=True, eq=False)
 class Workshop:
-    """What methods are made from. `made_from` identifies the runs and the network, as JSON."""
+    """What methods are made from. `record` gives the runs; it is called when the first fit needs them."""
 
     lab: Lab
-    runs: Trajectories
+    record: Callable[[], Trajectories]
     scheduler: Any
     cache: ArrayCache
-    made_from: Mapping[str, Any]
     _seen: list[Seen] = field(default_factory=list)
+
+    @cached_property
+    def runs(self) -> Trajectories:
+        """Float runs of calibration captions."""
+        return self.record()
+
+    @cached_property
+    def made_from(self) -> Mapping[str, Any]:
+        """What every fit depends on, as JSON."""
+        correction = getattr(self.lab.correction, "tables", {})
+        return {
+            "network": self.lab.networks.digest,
+            "correction": {name: sha256(table.tobytes()).hexdigest() for name, table in sorted(correction.items())},
+            "runs": {**self.runs.identity.to_json(), "files": list(self.runs.files)},
+            "split": self.lab.split,
+            "guidance": self.lab.guidance,
+        }
 
     def method(self, asked: OurSettings) -> Predicted:
         """Fitted where it has a rectifier."""

@@ -14,28 +14,34 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 _MARKERS = "osv^D<>pXP*hd"
+_PANELS = (
+    ("psnr_db", 1.0, "PSNR of the final latents to the uncached run, dB"),
+    ("attribute_accuracy", 100.0, "attribute accuracy, %"),
+    ("frechet_distance", 1.0, "Frechet distance on the judge's features"),
+)
 _LEAST_DB, _MOST_SHARE = 12.0, 1.05
 
 
 def plot(document: Mapping[str, Any]) -> bytes:
     """A PNG."""
     ablation = document["ablation"]
-    figure = Figure(figsize=(15, 10.5 if ablation else 5.4), layout="constrained")
+    below = 0.16 * len(ablation) + 0.8 if ablation else 0.0
+    figure = Figure(figsize=(16, 5.6 + below), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2 if ablation else 1, 2, squeeze=False)
-    families = _families(document["rows"])
-    _frontier(axes[0][0], families, "psnr_db", 1.0, "PSNR of the final latents to the uncached run, dB")
-    _frontier(axes[0][1], families, "attribute_accuracy", 100.0, "attribute accuracy, %")
+    halves: Any = figure.subfigures(2, 1, height_ratios=(5.6, below)) if ablation else [figure]
+    above = halves[0]
+    families, axes = _families(document["rows"]), above.subplots(1, 3)
     whole = document["rows"][0]
-    axes[0][1].axhline(100 * whole["attribute_accuracy"], color="0.4", linestyle="--", linewidth=0.8)
-    for axis in axes[0]:
+    for axis, (name, scale, title) in zip(axes, _PANELS, strict=True):
+        _frontier(axis, families, name, scale, title)
+        if name != "psnr_db":
+            axis.axhline(scale * whole[name], color="0.4", linestyle="--", linewidth=0.8)
         for entry in document["frontier"]:
             axis.axvline(100 * entry["share"], color="0.4", linestyle=":", linewidth=0.8)
-    axes[0][0].legend(fontsize=7, ncols=2, loc="lower right")
+    handles, labels = axes[0].get_legend_handles_labels()
+    above.legend(handles, labels, fontsize=7, ncols=9, loc="outside lower center")
     if ablation:
-        _frontier(axes[1][0], families, "frechet_distance", 1.0, "Frechet distance on the judge's features")
-        axes[1][0].axhline(whole["frechet_distance"], color="0.4", linestyle="--", linewidth=0.8)
-        _ablation(axes[1][1], ablation)
+        _ablation(halves[1].subplots(), ablation)
     figure.suptitle(
         f"{document['student']} {document['precision']}, steps {document['split']}..{document['num_steps'] - 1} of "
         f"{document['num_steps']} ({document['sampler']}) on {document['threads']} thread(s); "
@@ -75,7 +81,7 @@ def _frontier(
         ours = bool(rows[0]["ours"])
         colour, marker = f"C{i % 10}", _MARKERS[i % len(_MARKERS)]
         axis.scatter(x, y, color=colour, marker=marker, s=26 if ours else 15, alpha=1.0 if ours else 0.8)
-        best = _upper(sorted(zip(x, y, strict=True)), lower=name == "frechet_distance")
+        best = _upper(list(zip(x, y, strict=True)), lower=name == "frechet_distance")
         style = "-" if ours else "--"
         axis.plot(*zip(*best, strict=True), color=colour, linewidth=1.8 if ours else 0.9, linestyle=style)
         axis.plot([], [], color=colour, marker=marker, linewidth=1.8 if ours else 0.9, linestyle=style, label=family)
@@ -89,9 +95,9 @@ def _frontier(
 
 
 def _upper(points: Sequence[tuple[float, float]], lower: bool) -> list[tuple[float, float]]:
-    """Points that no earlier one beats; all of them where there are none."""
+    """From left to right the points that no cheaper one beats."""
     best: list[tuple[float, float]] = []
-    for point in points:
+    for point in sorted(points, key=lambda each: (each[0], each[1] if lower else -each[1])):
         if not best or (point[1] < best[-1][1] if lower else point[1] > best[-1][1]):
             best.append(point)
     return best or [(0.0, float("nan"))]

@@ -83,13 +83,16 @@ class Bench:
                     make(rectified),
                     make(replace(whole, rectifier="predicted")),
                 ),
-                ("rectifier on the deep feature", make(replace(deep, rectifier="all")), make(deep)),
                 ("order 1 over order 0, whole output", make(whole), make(replace(whole, orders=(0,)))),
-                ("order 1 over order 0, deep feature", make(deep), make(replace(deep, orders=(0,)))),
-                ("per-token choice over order 1", make(both), make(deep)),
-                ("per-token choice over order 0", make(both), make(replace(deep, orders=(0,)))),
-                ("per-token choice over chance", make(both), self.random(share)),
+                ("rectifier on the deep feature", make(replace(deep, rectifier="all")), make(deep)),
             ]
+            if deep.computed > _FEWEST:  # with two computed steps, the last among them, there is no order 1
+                compared += [
+                    ("order 1 over order 0, deep feature", make(deep), make(replace(deep, orders=(0,)))),
+                    ("per-token choice over order 1", make(both), make(deep)),
+                    ("per-token choice over order 0", make(both), make(replace(deep, orders=(0,)))),
+                    ("per-token choice over chance", make(both), self.random(share)),
+                ]
             found += [Pair(part, share, *two) for part, *two in compared]
         return found
 

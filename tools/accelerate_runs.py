@@ -126,7 +126,7 @@ class Runner:
 
     def _ran(self, method: Method, network: str, part: Captions) -> tuple[Floats, Kinds]:
         def run() -> Arrays:
-            runs = [method.run(start) for start in self._begin(part)]
+            runs = [method.run(start) for start in self.starts(part)]
             words = json.dumps([list(each.kinds) for each in runs]).encode()
             return {
                 "latents": np.concatenate([each.latents for each in runs]),
@@ -153,7 +153,7 @@ class Runner:
         )
         return Scored(**arrays)
 
-    def _begin(self, part: Captions) -> list[Start]:
+    def starts(self, part: Captions) -> list[Start]:
         """Handoffs and prompt states, made once a part."""
         if part.seeds[0] not in self._starts:
             self._starts[part.seeds[0]] = self.experiment.starts(part)

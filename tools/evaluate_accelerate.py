@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,8 @@ def evaluate(
     from latentrelay.reference import pipeline as reference
     from latentrelay.tools import accelerate_verdicts as verdicts
     from latentrelay.tools.accelerate_methods import plain
-    from latentrelay.tools.accelerate_rows import SHARES
+    from latentrelay.tools.accelerate_ours import Workshop
+    from latentrelay.tools.accelerate_rows import SHARES, Bench
     from latentrelay.tools.accelerate_runs import Runner
     from latentrelay.tools.array_cache import ArrayCache
     from latentrelay.tools.demo import machine_profile
@@ -143,15 +145,20 @@ def evaluate(
     bundles = {each: Bundle.open(shelf.build(each).bundle) for each in dict.fromkeys((_FLOAT, name))}
     labs = {each: laboratory(bundle, output / "cut" / each, teacher, split) for each, bundle in bundles.items()}
     lab = labs[name]
-    runs = recorded(shelf, bundles[_FLOAT], labs[_FLOAT], teacher, output)
     costs = timed(lab, bundles[name])
-    bench = workbench(lab, runs, teacher, {kind: each["median_ms"] for kind, each in costs.items()})
+    record = partial(recorded, shelf, bundles[_FLOAT], labs[_FLOAT], teacher, output)
+    workshop = Workshop(lab, record, teacher.scheduler(), teacher.cache)
+    bench = Bench(workshop, {kind: each["median_ms"] for kind, each in costs.items()})
     with Session(bundles[_FLOAT], threads=cores()) as states:
         experiment = Experiment(teacher, split, states, cores())
         exact = None if name == _FLOAT else (labs[_FLOAT].networks.digest, plain(labs[_FLOAT]))
         parts = tuple(asked.batches(BATCH))
         runner = Runner(experiment, parts, Scorer(), lab.networks.digest, plain(lab), exact)
-        results, ablation, chosen = everything(wanted, bench, runner, shelf)
+        results, ablation = everything(wanted, bench, runner, shelf)
+        chosen: list[dict[str, Any]] = []
+        if "ours" in wanted:
+            more, chosen = planned(bench, runner, shelf, name, bundles[name].path)
+            results += more
     renderings = judging.load_statistics(reference.reference_path())
     whole = results[0]
     rows = [verdicts.row(each, whole, bench.costs, renderings) for each in results]
@@ -172,7 +179,7 @@ def evaluate(
         "sampler": teacher.sampler,
         "guidance": teacher.guidance,
         "threads": cores(),
-        "fitted_on": len(runs),
+        "fitted_on": len(workshop.runs) if "runs" in vars(workshop) else 0,
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -223,24 +230,10 @@ def timed(lab: Lab, bundle: Bundle) -> Mapping[str, Mapping[str, float]]:
     return lab.networks.costs(lab.networks.kinds, (int(tokens), int(width)))
 
 
-def workbench(lab: Lab, runs: Trajectories, teacher: Teacher, costs: Mapping[str, float]) -> Bench:
-    """What methods are made with."""
-    from latentrelay.tools.accelerate_ours import Workshop
-    from latentrelay.tools.accelerate_rows import Bench
-
-    made_from = {
-        "network": lab.networks.digest,
-        "corrected": lab.correction is not None,
-        "runs": {**runs.identity.to_json(), "files": list(runs.files)},
-        "split": lab.split,
-    }
-    return Bench(Workshop(lab, runs, teacher.scheduler(), teacher.cache, made_from), costs)
-
-
 def everything(
     wanted: Sequence[str], bench: Bench, runner: Runner, shelf: Shelf
-) -> tuple[list[Result], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Results (the uncached run first), the ablation, and what the planner ships."""
+) -> tuple[list[Result], list[dict[str, Any]]]:
+    """Results, the uncached run first, and the ablation."""
     from latentrelay.tools.accelerate_verdicts import paired
 
     results: dict[str, Result] = {}
@@ -250,23 +243,57 @@ def everything(
         return results.setdefault(found.label, found)
 
     result(runner.reference)
-    ablation: list[dict[str, Any]] = []
     for family in wanted:
         if family == "few-step":
-            for found in few_step(bench, runner, shelf):
-                results.setdefault(found.label, found)
+            results |= {found.label: found for found in few_step(runner, shelf)}
             continue
         for method in bench.methods(family):
             result(method)
-    if "ours" in wanted:
-        for pair in bench.pairs():
-            with_it, without_it = result(pair.with_it), result(pair.without_it)
-            told = {"part": pair.part, "share": pair.share, "with": with_it.label, "without": without_it.label}
-            ablation.append({**told, **paired(with_it, without_it)})
-    return list(results.values()), ablation, []
+    ablation: list[dict[str, Any]] = []
+    for pair in bench.pairs() if "ours" in wanted else []:
+        with_it, without_it = result(pair.with_it), result(pair.without_it)
+        told = {"part": pair.part, "share": pair.share, "with": with_it.label, "without": without_it.label}
+        ablation.append({**told, **paired(with_it, without_it)})
+    return list(results.values()), ablation
 
 
-def few_step(bench: Bench, runner: Runner, shelf: Shelf) -> list[Result]:
+def planned(
+    bench: Bench, runner: Runner, shelf: Shelf, precision: str, plain: Path
+) -> tuple[list[Result], list[dict[str, Any]]]:
+    """What a build ships within each share of the time: its results, and an entry each with the planner's reason and
+    the segment's time through the runtime's sessions."""
+    from latentrelay.tools.accelerate_rows import SHARES
+    from latentrelay.tools.accelerate_shipped import end_to_end, shipped
+    from latentrelay.tools.sweep import cores
+
+    lab = bench.workshop.lab
+    made = list(shipped(shelf, lab, precision, SHARES))
+    start = runner.starts(runner.parts[0])[0]
+    bundles = {"plain": plain, **{str(each.share): each.bundle for each in made}}
+    clock = end_to_end(bundles, start, lab.guidance, cores())
+    results, entries = [], []
+    for each in made:
+        found = None if each.method is None else runner.result(each.method)
+        results += [] if found is None else [found]
+        own = clock[str(each.share)]
+        entries.append(
+            {
+                "share": each.share,
+                "settings": each.report.get("chosen"),
+                "why": each.report.get("why", "nothing was let through"),
+                "label": None if found is None else found.label,
+                "computed_steps": None if found is None else found.computed,
+                "device_ms": None if found is None else round(found.device_ms(bench.costs), 3),
+                "psnr_db": None if found is None else float(found.psnr_db.mean()),
+                "end_to_end_ms": own,
+                "end_to_end_speedup": round(clock["plain"]["median_ms"] / own["median_ms"], 3),
+                "report": dict(each.report),
+            }
+        )
+    return results, entries
+
+
+def few_step(runner: Runner, shelf: Shelf) -> list[Result]:
     """The consistency student, four and eight steps, half of them on the device: another run from the first step on, so
     that its PSNR to the uncached one says little. Its network is the student's own at batch 1."""
     from latentrelay.tools.accelerate_networks import BRANCH

@@ -24,6 +24,7 @@ from latentrelay.tools.models import REFERENCE, resolve
 
 if TYPE_CHECKING:
     from latentrelay.export import ExportResult
+    from latentrelay.export.prediction_pass import PredictionAsk
     from latentrelay.tools.picture_scores import Scored
     from latentrelay.tools.precision_runs import Experiment, Variant
     from latentrelay.tools.sweep_device import Captions, Scorer
@@ -176,28 +177,33 @@ class Shelf:
         ((_, folder),) = find([self.student_name], Path(resolve(REFERENCE))).items()
         return folder.parent if folder.name == "unet" else folder
 
-    def build(self, precision: str) -> ExportResult:
-        """One bundle; what did not change since the last run is not made again."""
+    def build(
+        self, precision: str, *, prediction: PredictionAsk | None = None, name: str | None = None
+    ) -> ExportResult:
+        """One bundle, called by its precision unless it has another `name`; what did not change since the last run is
+        not made again."""
         from latentrelay.export import export, load_source
         from latentrelay.tools.build import calibration
         from latentrelay.tools.models import default_guidance
         from latentrelay.tools.recipes import shipped_recipe
 
-        with counting(f"building in {precision}", None) as advance:
+        called = name or precision
+        with counting(f"building {called}", None) as advance:
             return export(
                 load_source(self.pipeline, name=REFERENCE),
                 self.profile,
-                self.output / "bundles" / precision,
+                self.output / "bundles" / called,
                 num_steps=self.num_steps,
                 guidance=default_guidance(REFERENCE),
                 overwrite=True,
-                progress=lambda words: advance(f"{precision}: {words}", 1),
+                progress=lambda words: advance(f"{called}: {words}", 1),
                 student=self.student,
                 light_vae=Path(resolve(REFERENCE)) / "light_vae",
                 precision=precision,
                 calibration=calibration(REFERENCE, None),
                 work=self.output / "work",
                 recipe=shipped_recipe(self.student, precision, self.profile.backend.kernels),
+                prediction=prediction,
             )
 
 
