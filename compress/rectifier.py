@@ -34,7 +34,7 @@ from latentrelay.compress.solver_tables import SolverTable
 Steps = Literal["predicted", "all"]
 Progress = Callable[[str], None]
 _LEAST_POWER = 1e-12
-_RIDGE = 3e-3  # predicted steps make latents and memory nearly dependent: 1e-4 can run away, 1e-3 .. 1e-2 are alike
+RIDGE = 3e-3  # predicted steps make latents and memory nearly dependent: 1e-4 can run away, 1e-3 .. 1e-2 are alike
 _FIXED = 5  # unconditional, direction, latents, memory, one; then (unconditional, direction) of every rung from 1 on
 
 
@@ -57,10 +57,12 @@ def fit_rectifier(
     correction: Correction | None = None,
     steps: Steps = "predicted",
     guidance_multiplier: Sequence[float] | Doubles | None = None,
+    ridge: float = RIDGE,
 ) -> Fitted:
     """Rows at predicted steps, or with "all" at computed ones too; each run counts by the inverse of what it is off by,
-    because dB are averaged over runs. `prediction` is not modified; a rectifier that it has is fitted anew. Raises
-    PredictionError for no runs, and for an adjusted grid: its latents are at other noise levels than the recorded."""
+    because dB are averaged over runs. `ridge` is relative to each column's own power. `prediction` is not modified; a
+    rectifier that it has is fitted anew. Raises PredictionError for no runs, and for an adjusted grid: its latents are
+    at other noise levels than the recorded."""
     if not runs:
         raise PredictionError("there is nothing to fit a rectifier on", got="no runs", expected="recorded runs")
     if prediction.grid is not None:
@@ -89,7 +91,7 @@ def fit_rectifier(
                 for out, state in zip(outputs, states, strict=True)
             ]
             errors = [guided(out.q, scale) - aim for out, aim in zip(outputs, aims, strict=True)]
-            coefficients = _regress(columns, errors)
+            coefficients = _regress(columns, errors, ridge)
             gain[step], offset[step], mixing[step] = branch_rows(coefficients, scale, result.rungs)
             left = [
                 guided(rectified(result, out.q, step, state), scale) - aim
@@ -134,7 +136,7 @@ def _columns(q: Floats, state: RunState, table: SolverTable, step: int, rungs: i
     return np.stack(found)
 
 
-def _regress(columns: Sequence[Floats], errors: Sequence[Floats]) -> Doubles:
+def _regress(columns: Sequence[Floats], errors: Sequence[Floats], ridge: float) -> Doubles:
     """(R, C): least squares of all runs' guided errors (1, C, h, w), in float64."""
     size, channels = columns[0].shape[:2]
     gram, products = np.zeros((channels, size, size)), np.zeros((channels, size))
@@ -143,7 +145,7 @@ def _regress(columns: Sequence[Floats], errors: Sequence[Floats]) -> Doubles:
         x = each.astype(np.float64).reshape(size, channels, -1).transpose(1, 0, 2)  # (C, R, pixels)
         gram += weight * x @ x.transpose(0, 2, 1)
         products += weight * (x @ error[0].astype(np.float64).reshape(channels, -1, 1))[..., 0]
-    return damped_least_squares(gram, products, _RIDGE).T
+    return damped_least_squares(gram, products, ridge).T
 
 
 def _advanced(
