@@ -110,7 +110,9 @@ def profile(
     segment = ProfiledSegment.of("teacher", "cloud", streams, guidance, solver, jacobian, (0, split))
     rows.append(segment.document(CLOUD_BUDGETS, []))
     panels.append(segment.panel(FEATURE, CLOUD_PLOTTED))
+    asked = " ".join(f"--prediction-profile {name}" for name in names)
     document = {
+        "command": f"latentrelay evaluate {asked} --captions {captions} --seed {seed} --splits {split}",
         "captions": captions,
         "seed": seed,
         "data_split": "calibrate",
