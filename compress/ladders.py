@@ -77,7 +77,10 @@ def log_snr(table: SolverTable, prediction_type: str) -> Doubles:
         raise PredictionError(
             "this schedule has no log-SNR at every step", got=ratios, expected="sigma / alpha > 0", do="Use steps."
         )
-    return np.array([-2.0 * math.log(-ratio) for ratio in ratios])
+    found = np.array([-2.0 * math.log(-ratio) for ratio in ratios])
+    if not (np.diff(found) > 0.0).all():
+        raise PredictionError("the log-SNR does not rise with the steps", got=found.tolist(), do="Use steps.")
+    return found
 
 
 def ladder_rows(

@@ -52,7 +52,11 @@ class TinyStaged:
 
 
 def _table(memory: bool = True) -> SolverTable:
-    rows = tuple(SolverRow(0.97, -0.12, 0.03 * (0 < i < N - 1) * memory, 0.0, 0.8, -0.6, 1.0) for i in range(N))
+    alphas = np.linspace(0.4, 0.95, N)  # x0 = alpha x - sigma v
+    rows = tuple(
+        SolverRow(0.97, -0.12, 0.03 * (0 < i < N - 1) * memory, 0.0, alpha, -float(np.sqrt(1 - alpha**2)), 1.0)
+        for i, alpha in enumerate(alphas.tolist())
+    )
     return SolverTable(rows, tuple(900 - 100 * i for i in range(N)), 1.0)
 
 
