@@ -73,11 +73,12 @@ class Preflight:
 def ladder_mib(shapes: Sequence[Sequence[int]], dtype: str) -> float:
     """MiB that the ladders of a run take; `shapes` (rungs, 2, channels, rows, columns), one a stream.
 
-    Two arrays a stream. ONNX Runtime reads and writes them where they lie, so nothing comes on top; what a graph makes
-    of them on the way is freed before the next step's network, whose activations are larger. Raises KeyError for a
+    Two arrays a stream in `dtype`, which ONNX Runtime reads and writes where they lie, and the stream's value in the
+    step at hand, (2, channels, rows, columns) float32, which it holds while the network runs on. Raises KeyError for a
     dtype that is neither float32 nor float16.
     """
-    return LADDER_ARRAYS * _LADDER_BYTES[dtype] * sum(math.prod(shape) for shape in shapes) / MIB
+    rungs = LADDER_ARRAYS * _LADDER_BYTES[dtype]
+    return sum((rungs * shape[0] + 4) * math.prod(shape[1:]) for shape in shapes) / MIB
 
 
 def with_ladders(

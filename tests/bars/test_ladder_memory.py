@@ -69,7 +69,10 @@ def write_graphs(folder: Path, streams: tuple[str, ...], dtype: str) -> None:
     tensors += [onnx.numpy_helper.from_array(array.astype(np.int64), name) for name, array in numbers.items()]
     network = [
         make("ReduceMean", ["latents"], ["plane"], axes=[1], keepdims=1),
-        make("Mul", ["plane", "per_channel"], ["down0"]),
+        make("Mul", ["plane", "per_channel"], ["lifted"]),
+        make("Tanh", ["lifted"], ["probe"]),  # neither is held for a skip connection
+        make("Tanh", ["probe"], ["feature"]),
+        make("Tanh", ["feature"], ["down0"]),
         *(make("Tanh", [f"down{i}"], [f"down{i + 1}"]) for i in range(DEPTH)),
         make("Add", [f"down{DEPTH}", f"down{DEPTH - 1}"], [f"up{DEPTH - 1}"]),
         *(make("Add", [f"up{i + 1}", f"down{i}"], [f"up{i}"]) for i in reversed(range(DEPTH - 1))),
@@ -88,21 +91,20 @@ def write_graphs(folder: Path, streams: tuple[str, ...], dtype: str) -> None:
         ]
 
     def ladder(role: str) -> list[Any]:
-        nodes, rungs = [], []
+        nodes, rungs, value_of = [], [], role.removesuffix("_ladder")
         if kind == T.FLOAT16:
             nodes.append(make("Cast", [role], [role + "_wide"], to=T.FLOAT))
         for o in range(RUNGS):
             terms = [f"{role}_{o}_own"]
             nodes.append(make("Gather", ["U_row", f"rung{o}"], [f"{role}_u{o}"]))
             nodes.append(make("Gather", [f"{role}_u{o}", "rung0"], [f"{role}_{o}_c"]))
-            nodes.append(make("Mul", [f"{role}_{o}_c", "y"], [terms[0]]))
+            nodes.append(make("Mul", [f"{role}_{o}_c", value_of], [terms[0]]))
             for p in range(RUNGS):
                 name = f"{role}_{o}_{p}"
                 nodes.append(make("Gather", [f"{role}_u{o}", f"rung{p + 1}"], [name + "_c"]))
                 nodes.append(make("Gather", [role + "_wide" if kind == T.FLOAT16 else role, f"rung{p}"], [name + "_l"]))
                 nodes.append(make("Equal", [name + "_c", "nothing"], [name + "_unused"]))
-                # y and not 0 in the place of what is not used: so nothing of the old ladder is made before the network
-                nodes.append(make("Where", [name + "_unused", "y", name + "_l"], [name + "_old"]))
+                nodes.append(make("Where", [name + "_unused", value_of, name + "_l"], [name + "_old"]))
                 nodes.append(make("Mul", [name + "_c", name + "_old"], [name]))
                 terms.append(name)
             nodes.append(make("Sum", terms, [f"{role}_{o}_new"]))
