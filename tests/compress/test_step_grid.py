@@ -130,11 +130,13 @@ def test_ddim_rows_on_the_adjusted_grid_are_the_papers() -> None:
         assert (row.a, row.b, row.p, row.q) == pytest.approx(expected, abs=1e-9)
 
 
-def test_two_step_rows_on_the_adjusted_grid_are_the_papers() -> None:
+@pytest.mark.parametrize("segment", [(SPLIT, N), (SPLIT, N - 3)])
+def test_two_step_rows_on_the_adjusted_grid_are_the_papers(segment: tuple[int, int]) -> None:
     """DPM-Solver++(2M) in the levels' own log-SNRs; first order at the first step and, ending at 0, at the last."""
     scheduler = SCHEDULERS["dpmsolver++"](prediction_type="v_prediction")
-    tau = adjusted_sigmas(nominal_sigmas(scheduler, N), FACTORS, SPLIT, N)
-    rows = adjusted_table(scheduler, N, FACTORS, SPLIT, N).rows
+    factors = np.where(np.arange(N) < segment[1] - 1, FACTORS, 1.0)
+    tau = adjusted_sigmas(nominal_sigmas(scheduler, N), factors, *segment)
+    rows = adjusted_table(scheduler, N, factors, *segment).rows
     lam = -np.log(tau[:-1])
     for step in range(N - 1):
         (a, s), (a2, s2) = alphas_of(tau[step]), alphas_of(tau[step + 1])

@@ -82,6 +82,10 @@ def test_a_budget_is_reached(seed: int) -> None:
     assert mask_by_budget(errors, 0, 17, 17) == (F,) * 17
 
 
+def test_a_budget_may_need_a_limit_above_every_error() -> None:
+    assert mask_by_budget(np.array([[0, 5.0, 1], [0, 0, 1], [0, 0, 0]]), 0, 3, 2) == (F, P, F)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("max_run", [2, 3, None])
 def test_the_dynamic_programme_finds_the_best_of_all_masks(seed: int, max_run: int | None) -> None:
