@@ -76,6 +76,16 @@ class _Search:
         if sound:
             self.best = chosen
 
+    def try_without(self, part: str, simpler: Candidate) -> None:
+        """Take a part out again where, among all that came after it, it no longer gains with confidence."""
+        current, without = self.bench.score(self.best, self.split), self.score(simpler)
+        if current is None or without is None:
+            return
+        self.rows.append(self.row(simpler, without, None, None))
+        self.parts[part] = (without, current, self.best)
+        if not current.over(without)[1] > 0.0:
+            self.best = simpler
+
     def row(self, candidate: Candidate, found: Score, base: Candidate | None, over: Score | None) -> dict[str, Any]:
         """A line of the report."""
         prediction = self.bench.prediction(candidate, self.split)
@@ -159,6 +169,7 @@ def _searched(bench: Bench, split: int, target: Target, probe: str | None, say: 
     search.try_part("order above 0", lambda best: [replace(best, spec=spec) for spec in _SINGLE])
     search.try_part("mask policy", lambda best: [replace(best, policy=policy) for policy in ("threshold", "dp")])
     search.try_part("order above 0", lambda best: [replace(best, spec=spec) for spec in _others(best)])  # on that mask
+    one_order = search.best.spec
     if probe is not None:
         search.try_part("choice per token", _choices)
     before_grid = search.best
@@ -168,6 +179,8 @@ def _searched(bench: Bench, split: int, target: Target, probe: str | None, say: 
     if search.best.rectify is not None:
         search.try_part("order above 0", lambda best: [replace(best, spec=s) for s in _others(best)])
         search.try_part("mask policy", lambda best: [replace(best, policy=p) for p in bench.policies])
+        if search.best.metric is not None:
+            search.try_without("choice per token", replace(search.best, spec=one_order, metric=None))
     if adjusted.grid is not None:  # grid and rectifier exclude each other: its aims are at the nominal noise levels
         search.try_part("adjusted grid over the rectifier", lambda best: [adjusted])
     return search

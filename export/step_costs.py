@@ -1,7 +1,8 @@
 """What a computed step and both kinds of predicted step cost on this machine: deployed graphs, timed in turns.
 
 The shallow path and the whole network are the cut graphs; a whole-output step, which calls no network, is a
-step_predicted graph of the plan's own solver that predicts by Taylor order 1.
+step_predicted graph of the plan's own solver that predicts by Taylor order 1. What a token's choice adds is counted as
+its probe; the rest is small beside it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def measure_costs(staged: StagedDenoiser, plan: Plan, run: Trajectory, spec: Bac
             "full_ms": lambda: staged.full(latents, step, embeds),
             "deep_ms": lambda: staged.shallow(latents, step, embeds, feature),
             "whole_ms": whole,
+            "choice_ms": lambda: staged.probe(latents, step, embeds),
         }
         laps: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(-_WARM_UPS, _ROUNDS):
