@@ -73,7 +73,8 @@ def tea_polynomial(runs: Sequence[Seen]) -> tuple[float, ...]:
     """Degree 4, from the signal's change to the output's."""
     signal = np.concatenate([run.tea[1:] for run in runs])
     moved = np.concatenate([run.moved[1:] for run in runs])
-    return tuple(float(c) for c in np.polyfit(signal, moved, _DEGREE))
+    fitted = np.polynomial.Polynomial.fit(signal, moved, _DEGREE).convert()
+    return tuple(float(c) for c in fitted.coef[::-1])
 
 
 def tea_threshold(runs: Sequence[Seen], computed: int) -> FittedThreshold:

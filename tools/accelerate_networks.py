@@ -105,8 +105,9 @@ class Networks:
             "first": Cut((), ("first_in", "probe")),
             "head": Cut(("last",), (out,)),
             "full_blocks": Cut((), tuple(r for r in (out, "first_in", "first_out", "probe", "last") if self._has(r))),
-            BRANCH: Cut((), (out,)),
         }
+        if self._any_batch:
+            found[BRANCH] = Cut((), (out,))
         if self._has("first_out"):
             found["block"] = Cut((), ("first_in", "first_out"))
         if self.modules:
@@ -154,6 +155,12 @@ class Networks:
             kind: {"median_ms": statistics.median(each), "spread_ms": max(each) - min(each)}
             for kind, each in laps.items()
         }
+
+    @property
+    def _any_batch(self) -> bool:
+        """Whether the graph takes one branch alone: a profile with static shapes has two."""
+        sample = next(value for value in self._model.graph.input if value.name == _SAMPLE)
+        return bool(sample.type.tensor_type.shape.dim[0].dim_param)
 
     def _has(self, role: str) -> bool:
         return role in self.values

@@ -13,6 +13,7 @@ from typing import Any
 from latentrelay.tools import accelerate_calibration as calibration
 from latentrelay.tools import accelerate_rivals as rivals
 from latentrelay.tools.accelerate_methods import Method
+from latentrelay.tools.accelerate_networks import BRANCH
 from latentrelay.tools.accelerate_ours import OurSettings, Workshop
 
 SHARES = (0.25, 0.37, 0.5)  # of the whole segment's device time: where the frontier is judged
@@ -132,6 +133,8 @@ def _thresholds(fit: Callable[..., Any], rule: Callable[..., Method], counts: Se
 
 def _guidance(bench: Bench) -> Sequence[Method]:
     lab = bench.workshop.lab
+    if BRANCH not in lab.networks.kinds:
+        return []
     n = len(lab.device_steps)
     alone = [rivals.guidance_interval(lab, guided) for guided in (0, n // 3, (2 * n) // 3)]
     mixed = [(computed, guided) for computed, guided in ((5, 3), (8, 4)) if computed <= n]

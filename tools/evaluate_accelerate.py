@@ -37,6 +37,10 @@ FAMILIES = (
 )  # fmt: skip
 _FLOAT = "fp32"
 _LEAST_CAPTIONS = 2
+_JUDGED = (
+    "attribute_accuracy", "attribute_accuracy_difference", "attribute_accuracy_difference_95",
+    "frechet_distance", "frechet_ratio", "frechet_ratio_95", "ssim",
+)  # fmt: skip
 _FEW_STEP_RUNS = ((4, 2), (8, 4))  # (num_steps, split) of the consistency student
 
 
@@ -162,6 +166,8 @@ def evaluate(
     renderings = judging.load_statistics(reference.reference_path())
     whole = results[0]
     rows = [verdicts.row(each, whole, bench.costs, renderings) for each in results]
+    for entry in chosen:
+        entry |= {name: row[name] for row in rows if row["label"] == entry["label"] for name in _JUDGED}
     return {
         "rows": rows,
         "chosen": chosen,
