@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ SHARES = "flop_shares.json"
 
 @dataclass(frozen=True)
 class Variant:
-    """`kind` "full" or "predicted"; `target` None: a plan without prediction; `selects`: tokens choose by a probe."""
+    """`kind` "full", "predicted" or "part" (of both); `target` None: a plan without prediction; `selects`: tokens
+    choose by a probe."""
 
     name: str
     kind: str
@@ -42,6 +44,8 @@ class Variant:
 
 
 FULL = Variant("full", "full")
+# What choosing predictors and updating ladders takes, alone: out of the deep feature's two step graphs.
+SELECTION, UPDATES = Variant("selection-alone", "part"), Variant("ladder-updates-alone", "part")
 VARIANTS = (
     FULL,
     Variant("full-deep-feature", "full", "deep_feature", selects=True),
@@ -50,6 +54,8 @@ VARIANTS = (
     Variant("predicted-deep-feature-fixed", "predicted", "deep_feature"),
     Variant("predicted-whole-output", "predicted", "whole_output"),
     Variant("predicted-whole-output-probe", "predicted", "whole_output", selects=True),
+    SELECTION,
+    UPDATES,
 )
 
 
@@ -85,8 +91,8 @@ def predicted_plan(plan: Plan, target: str, *, selects: bool, channels: int) -> 
     return Plan(replace(recipe, splits=splits, prediction=prediction), tables)
 
 
-def write_variants(network: Network, folder: Path, unet: Path) -> None:
-    """Every variant's graph into `folder`, beside a copy of the U-Net's graph and data out of `unet`."""
+def write_variants(network: Network, folder: Path, unet: Path, variants: Sequence[Variant] = VARIANTS) -> None:
+    """The variants' graphs into `folder`, beside a copy of the U-Net's graph and data out of `unet`."""
     import torch
     from latentrelay.export.step_writer import write_predicted, write_step
 
@@ -95,12 +101,46 @@ def write_variants(network: Network, folder: Path, unet: Path) -> None:
     plain = Plan.load(network.folder)
     inputs = network.inputs()
     latents = torch.from_numpy(inputs["latents"])
-    for each in VARIANTS:
+    for each in variants:
+        if each.kind == "part":
+            continue
         plan = plain
         if each.target is not None:
             plan = predicted_plan(plain, each.target, selects=each.selects, channels=latents.shape[1])
         write = write_step if each.kind == "full" else write_predicted
         write(plan, folder / each.file, latents, OPSET)
+    _write_parts(predicted_plan(plain, "deep_feature", selects=True, channels=latents.shape[1]), folder, latents)
+
+
+def _write_parts(plan: Plan, folder: Path, latents: Any) -> None:
+    """The choice and the updates of both ladders as graphs of their own, on the deep feature's shapes."""
+    import torch
+    from latentrelay.export.onnx_graphs import export_onnx
+    from latentrelay.export.predicted_step import LadderUpdate, Selection
+    from latentrelay.export.step_writer import ladders_of
+
+    class Updates(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.update = LadderUpdate(plan)
+
+        def forward(self, feature: Any, feature_ladder: Any, probe: Any, probe_ladder: Any, at: Any) -> Any:
+            return self.update(feature, feature_ladder, at), self.update(probe, probe_ladder, at)
+
+    kept = ladders_of(plan, folder / UNET, latents.shape[1:]).examples()
+    given = {
+        **kept,
+        "feature": torch.zeros(kept["feature_ladder"].shape[1:]),
+        "probe": torch.zeros(kept["probe_ladder"].shape[1:]),
+        "at": torch.tensor(0),
+    }
+    parts = (
+        (UPDATES, Updates(), ["feature", "feature_ladder", "probe", "probe_ladder", "at"], [f"next_{n}" for n in kept]),
+        (SELECTION, Selection(plan), ["probe", "probe_ladder", "at"], ["index", "choices", "probe_error"]),
+    )
+    for part, module, inputs, outputs in parts:
+        examples = [given[name] for name in inputs]
+        export_onnx(module, examples, folder / part.file, inputs=inputs, outputs=outputs, opset=OPSET)
 
 
 def write_shares(network: Network, folder: Path) -> None:
