@@ -90,7 +90,7 @@ def plot_probe_fidelity(groups: Mapping[str, Sequence[Fidelity]], out: Path) -> 
         best = min(row.oracle.mean / row.best_fixed.mean for row in rows.values())
         last.axhline(best, color=f"C{i}", linewidth=1.0, linestyle=":")
     last.axhline(1.0, color="black", linewidth=0.7)
-    last.set_ylim(0.75, 1.1)
+    last.set_ylim(0.0, 1.15)
     last.set_title("squared error, tokens' choice over the best fixed row; dotted: the best choice", fontsize=9)
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     _save(figure, out)
