@@ -126,6 +126,8 @@ def export(
             if student is not None:
                 source, compression = with_student(source, student, student_loras)
         scheduler, plan = _schedule(source, target, sampler, num_steps, few_step, compression)
+        if prediction is not None:
+            prediction.check(plan, target)
         if sampler_rule(plan.recipe.sampler).branches == 1:
             guidance = 1.0
         downscale = 2 ** (len(source.pipeline.vae.config.block_out_channels) - 1)

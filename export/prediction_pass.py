@@ -16,6 +16,7 @@ from typing import Any, Literal
 from latentrelay.compress.plan import Plan, SplitMask
 from latentrelay.compress.prediction import Target
 from latentrelay.compress.prediction_gate import StepCosts, plan_prediction
+from latentrelay.device_profiles import DeviceProfile
 from latentrelay.export.bundle_folder import write_json
 from latentrelay.export.bundle_manifest import backend_spec
 from latentrelay.export.calibrated_runs import CalibratedRuns, plan_digest
@@ -26,6 +27,7 @@ from latentrelay.export.staged_onnx import StagedOnnx
 from latentrelay.export.stages import StageStore, read_json, stage_digest
 from latentrelay.export.step_costs import measure_costs
 from latentrelay.runtime.errors import RequestError
+from latentrelay.runtime.samplers import sampler_rule
 from latentrelay.runtime.strict_json import record_to_json
 
 _GRAPH, _COSTS = "model.onnx", "costs.json"
@@ -50,6 +52,25 @@ class PredictionAsk:
         if self.target not in TARGETS:
             raise RequestError("unknown target of prediction", got=self.target, expected=" | ".join(TARGETS))
 
+    def check(self, plan: Plan, profile: DeviceProfile) -> None:
+        """Raise RequestError for what predicts nothing: few-step samplers, Core ML profiles, splits beyond the run."""
+        if sampler_rule(plan.recipe.sampler).branches != 2:
+            raise RequestError(
+                "a few-step run predicts no steps: there is nothing between its steps",
+                got=f"sampler {plan.recipe.sampler}",
+                do="Leave --speedup out.",
+            )
+        if profile.backend.name == "coreml":
+            raise RequestError(
+                "predicted steps are not fitted on Core ML packages yet",
+                got=profile.name,
+                expected="a profile whose backend is onnxruntime or openvino",
+                do="Leave --speedup out.",
+            )
+        bad = [split for split in self.splits if not 0 <= split < plan.recipe.num_steps]
+        if bad:
+            raise RequestError("no such split", got=bad[0], expected=f"0 .. {plan.recipe.num_steps - 1}")
+
 
 @dataclass(frozen=True)
 class PredictionPass:
@@ -60,13 +81,9 @@ class PredictionPass:
     stages: StageStore
 
     def add(self, refined: Refined) -> Refined:
-        """`refined` with predicted steps in its plan, or as it was where none was asked for or none held up.
-
-        Raises RequestError for runs that predict nothing: few-step samplers, and Core ML profiles.
-        """
+        """`refined` with predicted steps in its plan, or as it was where none was asked for or none held up."""
         if self.ask is None:
             return refined
-        self._check()
         plan, report = self._planned(refined.plan, refined.graphs["unet"], self.ask)
         return dataclasses.replace(refined, plan=plan, quality={**refined.quality, "prediction": report})
 
@@ -78,25 +95,6 @@ class PredictionPass:
         spec = backend_spec(calibrated.profile, calibrated.precision)
         table = calibrated.plan.recipe.solver_table
         return StagedOnnx(unet / _GRAPH, folder, table, spec, *calibrated.shapes, probe=probe)
-
-    def _check(self) -> None:
-        recipe = self.calibrated.plan.recipe
-        if not self.calibrated.two_branches:
-            raise RequestError(
-                "a few-step run predicts no steps: there is nothing between its steps",
-                got=f"sampler {recipe.sampler}",
-                do="Leave --speedup out.",
-            )
-        if self.calibrated.profile.backend.name == "coreml":
-            raise RequestError(
-                "predicted steps are not fitted on Core ML packages yet",
-                got=self.calibrated.profile.name,
-                expected="a profile whose backend is onnxruntime or openvino",
-                do="Leave --speedup out.",
-            )
-        bad = [split for split in (self.ask.splits if self.ask else ()) if not 0 <= split < recipe.num_steps]
-        if bad:
-            raise RequestError("no such split", got=bad[0], expected=f"0 .. {recipe.num_steps - 1}")
 
     def _planned(self, plan: Plan, unet: Path, ask: PredictionAsk) -> tuple[Plan, Mapping[str, Any]]:
         calibrated = self.calibrated

@@ -1,0 +1,152 @@
+"""Builds with predicted steps: what ships, what the manifest records, and that the runtime's run is the plan's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from latentrelay.compress.denoising_chain import Start
+from latentrelay.compress.plan import Plan
+from latentrelay.compress.predicted_chain import WholeOutput, predicted_chain
+from latentrelay.compress.prediction import Prediction
+from latentrelay.export import ExportResult, export
+from latentrelay.export.calibration import Calibration
+from latentrelay.export.compensation_file import TableCorrection
+from latentrelay.export.prediction_pass import PredictionAsk
+from latentrelay.runtime import Bundle, Session, generate
+from latentrelay.runtime.errors import RequestError
+from latentrelay.tools.precision_runs import deployed
+
+CALIBRATION = Calibration(("a red cat", "the cat", "the red thing", "cat on the grass"), ("a cat", "the", "in red"))
+STEPS, SPLIT = 8, 2
+
+
+@pytest.fixture(scope="module")
+def wide(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny.make_pipeline(tmp_path_factory.mktemp("predicted"), widths=(16, 32), heads=2, text_dim=32)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("built")
+
+
+def build(pipeline: Any, folder: Path, name: str, **options: Any) -> ExportResult:
+    ask = PredictionAsk(1.6, options.pop("target", "whole_output"), (0, SPLIT))
+    settings = {"num_steps": STEPS, "calibration": CALIBRATION, "work": folder / "work", "prediction": ask, **options}
+    return export(pipeline, "x86-laptop-vnni", folder / name, **settings)
+
+
+@pytest.fixture(scope="module")
+def whole(wide: Any, work: Path) -> ExportResult:
+    return build(wide, work, "whole", precision="w8a8")
+
+
+def test_masks_are_in_plan_and_manifest(whole: ExportResult) -> None:
+    manifest, plan = Bundle.open(whole.bundle).manifest, Plan.load(whole.bundle)
+    spec = manifest.prediction
+    assert spec is not None
+    assert spec.target == "whole_output"
+    masks = {each.split: each.mask for each in plan.recipe.splits}
+    assert {each.split: each.mask for each in spec.masks} == {split: masks[split] for split in (0, SPLIT)}
+    assert all(each.mask[0] == "full" and "predicted" in each.mask for each in spec.masks)
+    assert all("predicted" not in mask for split, mask in masks.items() if split not in (0, SPLIT))
+    parts = {each.name for each in plan.recipe.corrections if each.name.startswith("prediction, whole_output")}
+    assert {"prediction, whole_output: rectifier", "prediction, whole_output: order above 0"} <= parts
+    assert manifest.quality["prediction"]["why"].startswith("whole_output")
+    assert whole.parity_db["step_predicted"] > 50
+    assert whole.parity_db["predicted_run"] > 50
+
+
+def test_the_runtimes_run_is_the_plans_run_in_numpy(whole: ExportResult) -> None:
+    bundle, plan = Bundle.open(whole.bundle), Plan.load(whole.bundle)
+    network = deployed(bundle, 1)
+    tables = {name: each for name, each in plan.tables.arrays().items() if name.startswith("compensation_")}
+    with Session(bundle, threads=1) as session:
+        embeds, latents = session.encode("a red cat"), session.initial_latents(5)
+        events = list(session.run_steps(latents, None, 0, embeds, 7.5))
+        computed = list(session.run_steps(latents, None, 0, embeds, 7.5, predict=False))
+    prediction = Prediction.of_plan(plan, 0)
+    assert prediction is not None
+    correction = TableCorrection(tables) if tables else None
+    expected = list(
+        predicted_chain(
+            WholeOutput(network.open()), network.table, Start(0, latents, None, embeds), 7.5, prediction, correction
+        )
+    )
+    assert tuple(event.kind for event in events) == prediction.mask
+    peak = float(np.abs(expected[-1].next_latents).max())
+    np.testing.assert_allclose(events[-1].latents, expected[-1].next_latents, atol=2e-3 * peak)
+    assert {event.kind for event in computed} == {"full"}
+    assert not np.array_equal(events[-1].latents, computed[-1].latents)
+
+
+def test_a_run_that_predicts_nothing_is_the_plain_bundles(wide: Any, work: Path, whole: ExportResult) -> None:
+    plain = build(wide, work, "plain", precision="w8a8", prediction=None)
+    assert {"quantise", "compensation"} <= set(plain.reused)
+    assert not (plain.bundle / "unet" / "step_predicted.onnx").exists()
+    results = []
+    for folder in (whole.bundle, plain.bundle):
+        with Session(Bundle.open(folder), threads=1) as session:
+            embeds, latents = session.encode("the red cat"), session.initial_latents(9)
+            memory = np.full_like(latents, 0.25)
+            start = SPLIT + 1  # a split without a mask
+            results.append([event.latents for event in session.run_steps(latents, memory, start, embeds, 7.5)])
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_weights_are_shared_and_the_selftest_passes(whole: ExportResult) -> None:
+    bundle = Bundle.open(whole.bundle)
+    predicted = onnx.load(whole.bundle / "unet" / "step_predicted.onnx", load_external_data=False)
+    assert "prompt_embeds" not in {value.name for value in predicted.graph.input}
+    assert (whole.bundle / "unet" / "step_predicted.onnx").stat().st_size < 50_000
+    with Session(bundle) as session:
+        report = session.selftest()
+        result = generate(session, "a red cat", seed=1)
+    assert report.ok
+    assert "step_predicted" in report.snr_db
+    assert np.isfinite(result.pixels).all()
+
+
+def test_a_second_build_takes_the_planned_steps_over(wide: Any, work: Path, whole: ExportResult) -> None:
+    again = build(wide, work, "again", precision="w8a8")
+    assert {"prediction", "step_costs"} <= set(again.reused)
+    assert Plan.load(again.bundle) == Plan.load(whole.bundle)
+
+
+def test_the_deep_feature_ships_its_shallow_path(wide: Any, work: Path) -> None:
+    deep = build(wide, work, "deep", target="deep_feature")
+    bundle = Bundle.open(deep.bundle)
+    spec = bundle.manifest.prediction
+    assert spec is not None
+    assert (spec.target, spec.feature_shape[1:3]) == ("deep_feature", (2, 16))
+    graph = onnx.load(deep.bundle / "unet" / "step_predicted.onnx", load_external_data=False).graph
+    places = {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    assert places == {"model.onnx_data"}
+    assert deep.parity_db["predicted_run"] > 80
+    with Session(bundle) as session:
+        assert session.selftest().ok
+        first, second = (generate(session, "the cat", seed=3).pixels for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"), [({"speedup": 1.0}, "speedup"), ({"speedup": 2.0, "target": "all"}, "target")]
+)
+def test_what_cannot_be_asked(ask: dict[str, Any], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        PredictionAsk(**ask)
+
+
+def test_splits_beyond_the_run_and_core_ml_are_refused(wide: Any, work: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no such split"):
+        build(wide, work, "beyond", prediction=PredictionAsk(2.0, "auto", (STEPS,)))
+    with pytest.raises(RequestError, match="Core ML"):
+        export(
+            wide, "iphone-15-pro", tmp_path / "b", num_steps=4, calibration=CALIBRATION, prediction=PredictionAsk(2.0)
+        )
+    assert not (tmp_path / "b").exists()
