@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from latentrelay.runtime.errors import RequestError, SessionError
 from latentrelay.runtime.manifest import BackendSpec, Component, CoreMLPackage, Port
+from latentrelay.runtime.prediction_check import LADDER_ROLES
 from numpy.typing import NDArray
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -87,17 +88,34 @@ def open_backend(
     raise SessionError("the bundle wants an unknown backend", got=spec.name, expected=" | ".join(BACKENDS))
 
 
-def check_signature(path: str, component: Component, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
-    """A graph's own inputs and outputs (dtype by name) must be the manifest's; undeclared outputs are fine.
+Signature = Mapping[str, tuple[str, Sequence[Any]]]  # dtype and sizes by name; a size that is no number is not known
 
-    Raises SessionError.
-    """
+
+def check_signature(path: str, component: Component, inputs: Signature, outputs: Signature) -> None:
+    """A graph's own inputs and outputs must be the manifest's: dtypes, and of the inputs and the ladders the sizes too;
+    undeclared outputs are fine. Raises SessionError."""
     declared_in = {port.name: port.dtype for port in component.inputs}
     declared_out = {port.name: port.dtype for port in component.outputs}
-    if dict(inputs) != declared_in:
-        raise SessionError(f"{path} has other inputs than the manifest", got=inputs, expected=declared_in)
-    if any(outputs.get(name) != dtype for name, dtype in declared_out.items()):
-        raise SessionError(f"{path} has other outputs than the manifest", got=outputs, expected=declared_out)
+    got_in, got_out = ({name: dtype for name, (dtype, _) in side.items()} for side in (inputs, outputs))
+    if got_in != declared_in:
+        raise SessionError(f"{path} has other inputs than the manifest", got=got_in, expected=declared_in)
+    if any(got_out.get(name) != dtype for name, dtype in declared_out.items()):
+        raise SessionError(f"{path} has other outputs than the manifest", got=got_out, expected=declared_out)
+    for port in (*component.inputs, *(port for port in component.outputs if port.role in LADDER_ROLES)):
+        sizes = (inputs if port in component.inputs else outputs)[port.name][1]
+        if not _sizes_agree(port.shape, sizes):
+            raise SessionError(
+                f"{path}: {port.name} is of another shape than in the manifest",
+                got=list(sizes),
+                expected=list(port.shape),
+            )
+
+
+def _sizes_agree(declared: Sequence[int | str], own: Sequence[Any]) -> bool:
+    """Known sizes are equal. A graph without any may have left its rank open."""
+    pairs = zip(declared, own, strict=False)
+    known = [(want, got) for want, got in pairs if isinstance(want, int) and isinstance(got, int)]
+    return not own or (len(own) == len(declared) and all(want == got for want, got in known))
 
 
 def fitted(component: Component, inputs: Arrays) -> dict[str, NDArray[Any]]:

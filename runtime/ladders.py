@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from latentrelay.runtime.errors import SessionError
 from latentrelay.runtime.manifest import Port
+from latentrelay.runtime.prediction_check import LADDER_ROLES
 from numpy.typing import NDArray
 
-LADDER_ROLES = ("feature_ladder", "probe_ladder")
 _EXPONENT = np.uint16(0x7C00)  # float16: all set in NaN and in infinities
 
 

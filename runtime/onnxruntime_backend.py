@@ -73,8 +73,10 @@ class OnnxRuntimeBackend:
                 f"ONNX Runtime cannot load {component.path}: {error}",
                 do="Verify the bundle; if it is intact, build it for this machine's ONNX Runtime.",
             ) from error
-        inputs = {port.name: _DTYPES.get(port.type, port.type) for port in session.get_inputs()}
-        outputs = {port.name: _DTYPES.get(port.type, port.type) for port in session.get_outputs()}
+        inputs, outputs = (
+            {port.name: (_DTYPES.get(port.type, port.type), port.shape) for port in side}
+            for side in (session.get_inputs(), session.get_outputs())
+        )
         check_signature(component.path, component, inputs, outputs)
         return OnnxRuntimeGraph(session, component)
 

@@ -61,8 +61,8 @@ class OpenVinoBackend:
                 f"OpenVINO cannot load {component.path}: {_last_line(error)}",
                 do="Verify the bundle; if it is intact, choose the backend onnxruntime.",
             ) from error
-        inputs = {port.get_any_name(): _dtype(port) for port in compiled.inputs}
-        outputs = {name: _dtype(port) for port in compiled.outputs for name in port.get_names()}
+        inputs = {port.get_any_name(): (_dtype(port), _sizes(port)) for port in compiled.inputs}
+        outputs = {name: (_dtype(port), _sizes(port)) for port in compiled.outputs for name in port.get_names()}
         check_signature(component.path, component, inputs, outputs)
         return OpenVinoGraph(compiled, component, import_openvino().Tensor)
 
@@ -139,6 +139,11 @@ def _settings(spec: BackendSpec, threads: int | None) -> dict[str, Any]:
 def _dtype(port: Any) -> str:
     name = str(port.get_element_type().get_type_name())
     return _DTYPES.get(name, name)
+
+
+def _sizes(port: Any) -> list[int | None]:
+    shape = port.get_partial_shape()
+    return [] if shape.rank.is_dynamic else [None if size.is_dynamic else size.get_length() for size in shape]
 
 
 def _last_line(error: BaseException) -> str:

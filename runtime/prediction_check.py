@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FULL, PREDICTED = "full", "predicted"
 STEP_FULL, STEP_PREDICTED = "step_full", "step_predicted"
 _TARGETS, _METRICS, _DTYPES = ("whole_output", "deep_feature"), ("l2", "cosine"), ("float32", "float16")
-_LADDERS = ("feature_ladder", "probe_ladder")
+LADDER_ROLES = ("feature_ladder", "probe_ladder")
 _SELECTION = ("choices", "probe_error")
 
 
@@ -26,7 +26,7 @@ def check_predicted_steps(manifest: Manifest) -> None:
     """Raise ValueError where `manifest.prediction` and the step graphs' ports contradict each other."""
     spec, full = manifest.prediction, manifest.components[STEP_FULL]
     if spec is None:
-        stray = [port.role for port in full.inputs + full.outputs if port.role in _LADDERS]
+        stray = [port.role for port in full.inputs + full.outputs if port.role in LADDER_ROLES]
         if stray:
             raise ValueError(f"components.{STEP_FULL} has the role {stray[0]}, but there is no prediction")
         return
@@ -118,7 +118,7 @@ def _check_full(full: Component, spec: PredictionSpec) -> None:
 def _check_predicted(predicted: Component, full: Component, spec: PredictionSpec) -> None:
     _split_row(STEP_PREDICTED, predicted)
     _ladders(f"{STEP_PREDICTED}.inputs", predicted.inputs, spec)
-    roles = {port.role for port in full.outputs} - set(_LADDERS)
+    roles = {port.role for port in full.outputs} - set(LADDER_ROLES)
     roles |= set(_SELECTION) if spec.probe is not None else set()
     got = {port.role for port in predicted.outputs}
     if got != roles:
@@ -139,7 +139,7 @@ def _split_row(name: str, component: Component) -> None:
 
 def _ladders(where: str, ports: Iterable[Port], spec: PredictionSpec) -> None:
     found = _by_role(ports)
-    for role, shape in zip(_LADDERS, (spec.feature_shape, spec.probe_shape), strict=True):
+    for role, shape in zip(LADDER_ROLES, (spec.feature_shape, spec.probe_shape), strict=True):
         port = found.get(role)
         if (port is None) != (shape is None):
             wanted = "is missing" if port is None else "is there, but no predictor is chosen by a probe"

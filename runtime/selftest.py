@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from latentrelay.runtime.errors import BundleTamperedError, MissingExtraError, RequestError
-from latentrelay.runtime.ladders import LADDER_ROLES
 from latentrelay.runtime.manifest import Component
-from latentrelay.runtime.prediction_check import STEP_PREDICTED
+from latentrelay.runtime.prediction_check import LADDER_ROLES, STEP_PREDICTED
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:

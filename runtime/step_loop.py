@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from latentrelay.runtime.backend import Arrays
 from latentrelay.runtime.errors import NonFiniteError, SessionError
-from latentrelay.runtime.ladders import LADDER_ROLES, Ladders, non_finite
+from latentrelay.runtime.ladders import Ladders, non_finite
 from latentrelay.runtime.manifest import Component, Manifest
 from latentrelay.runtime.noise import NoiseStream
-from latentrelay.runtime.prediction_check import FULL, STEP_FULL, STEP_PREDICTED
+from latentrelay.runtime.prediction_check import FULL, LADDER_ROLES, STEP_FULL, STEP_PREDICTED
 from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]

@@ -7,6 +7,7 @@ computed, L' = U y + U' L; predicted, q^ = c L and q^ - offset[row, step]. Zeros
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -427,7 +428,7 @@ def test_a_graph_that_reads_a_ladder_too_early_is_an_error_not_a_picture(
 
 
 def test_graphs_that_are_not_what_the_manifest_says(
-    predicting: Callable[..., Path], kit: SimpleNamespace, tmp_path: Path
+    predicting: Callable[..., Path], kit: SimpleNamespace, backend: str
 ) -> None:
     folder = predicting("float16")
     with Session(Bundle.open(folder)) as session:
@@ -441,6 +442,19 @@ def test_graphs_that_are_not_what_the_manifest_says(
     )
     with Session(Bundle.open(folder)) as session, pytest.raises(SessionError, match="other inputs than the manifest"):
         run(session)  # float16 graphs, float32 in the manifest
+    longer = (3, *FEATURE[1:])  # a rung that the graphs do not have
+    found = parts(kit, "float16")
+    for name in ("step_full", "step_predicted"):
+        sides = [
+            tuple(replace(p, shape=longer) if p.role == "feature_ladder" else p for p in side)
+            for side in (found[name].inputs, found[name].outputs)
+        ]
+        found[name] = replace(found[name], inputs=sides[0], outputs=sides[1])
+    spec = PredictionSpec("whole_output", longer, MASKS, "float16")
+    kit.reseal(folder, components=found, prediction=spec, selftest=None)
+    words = r"step_full\.onnx: feature_ladder is of another shape.*got \[2, 2, 4, 2, 2\], expected \[3, "
+    with Session(Bundle.open(folder), backend=backend) as session, pytest.raises(SessionError, match=words):
+        run(session)
     shutil.copy(folder / "unet/step_full.onnx", folder / "unet/step_predicted.onnx")
     manifest = kit.reseal(
         folder, components=parts(kit, "float16", probe=False), selftest=None,
