@@ -1,4 +1,4 @@
-"""Artefacts of schema 1.0 that every later version must read and run; never regenerate them: tests/golden/README.md."""
+"""Artefacts of older schemas that every later version must read and run; never regenerate them: tests/golden/README.md."""
 
 from pathlib import Path
 
@@ -38,3 +38,21 @@ def test_the_handoff_parses_fits_and_finishes() -> None:
     assert handoff.meta.additional_metadata == {"note": "golden"}
     result = generate(GOLDEN / "bundle-1.0", "a red circle", negative_prompt="blue", handoff=handoff)
     np.testing.assert_allclose(result.latents.ravel(), LATENTS, atol=2e-3)  # float16 on the wire
+
+
+PREDICTING_DIGEST = "sha256:07d7b2ed2707bd2e8df358f7b45a5ff270122b5c14f79cf3fcf17c6189fa16ca"
+PREDICTED = [-0.07545317, 0.23049423, 0.35715535, -0.21844482, 0.09853852, 0.20823261, -0.01664354, -0.07780952]
+PREDICTED += [0.36151466, 0.02296014, -0.12170168, 0.04031392, 0.3096388, 0.37608802, 0.20509459, 0.39302737]
+
+
+def test_the_bundle_with_predicted_steps_makes_the_same_latents_in_the_same_way() -> None:
+    bundle = Bundle.open(GOLDEN / "bundle-1.3")
+    assert bundle.digest == PREDICTING_DIGEST
+    assert bundle.manifest.schema_version == "1.3"
+    with Session(bundle) as session:
+        assert session.selftest().ok
+        result = generate(session, "a red circle", negative_prompt="blue", seed=7)
+        assert dict(result.kinds) == {"full": 2, "predicted": 1, "recomputed": 1}
+        np.testing.assert_allclose(result.latents.ravel(), PREDICTED, atol=2e-3)  # float16 ladders
+        plain = generate(session, "a red circle", negative_prompt="blue", seed=7, predict=False)
+    np.testing.assert_allclose(plain.latents.ravel(), LATENTS, atol=1e-5)
