@@ -6,6 +6,8 @@ computed, L' = U y + U' L; predicted, q^ = c L and q^ - offset[row, step]. Zeros
 
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -270,6 +272,19 @@ def test_a_second_image_equals_a_fresh_process_and_what_the_caller_holds_stays(
     for copy, event, again in zip(kept, first, third, strict=True):
         np.testing.assert_array_equal(copy, event.latents)
         np.testing.assert_array_equal(copy, again.latents)
+
+
+def test_a_second_image_equals_the_first_of_another_process(predicting: Callable[..., Path]) -> None:
+    folder = predicting(probe=True, threshold=0.3)
+    with Session(Bundle.open(folder)) as session:
+        generate(session, "a blue square", seed=1)
+        here = generate(session, "a red circle", seed=3).latents
+    code = (
+        "import sys; from latentrelay.runtime import generate\n"
+        "sys.stdout.buffer.write(generate(sys.argv[1], 'a red circle', seed=3).latents.tobytes())"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code, str(folder)], capture_output=True, check=True)
+    assert done.stdout == here.tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -1,4 +1,4 @@
-"""Artefacts of older schemas that every later version must read and run; never regenerate them: tests/golden/README.md."""
+"""Artefacts of older schemas that every later version must read and run; tests/golden/README.md says more."""
 
 from pathlib import Path
 
