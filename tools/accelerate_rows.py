@@ -61,7 +61,8 @@ class Bench:
                 for changes in _OURS:
                     asked[replace(base, **changes)] = None
             asked |= dict.fromkeys(replace(self.whole(share), **changes) for changes in _GRIDS)
-            asked |= dict.fromkeys(replace(self.deep(share), **changes) for changes in _CHOICES)
+            if self.deep(share).computed > _FEWEST:
+                asked |= dict.fromkeys(replace(self.deep(share), **changes) for changes in _CHOICES)
         spread = sorted({settings.computed for settings in asked if settings.target == "whole_output"})
         for computed in range(max(_FEWEST, spread[0] - 1), spread[-1] + 3):
             asked[OurSettings("whole_output", computed, rectifier="all")] = None
@@ -112,14 +113,14 @@ def _fewer(bench: Bench) -> Sequence[Method]:
     lab, scheduler = bench.workshop.lab, bench.workshop.scheduler
     most = len(lab.device_steps)
     kept = [rivals.fewer_steps(lab, scheduler, n, "kept") for n in (3, 4, 5, 6, 7, 8, 9, 11) if n <= most]
-    return [*kept, *(rivals.fewer_steps(lab, scheduler, n, "natural") for n in (4, 5, 6, 8) if n <= most)]
+    return [*kept, *(rivals.fewer_steps(lab, scheduler, n, "natural") for n in (4, 6, 8) if n <= most)]
 
 
 def _taylor(bench: Bench) -> Sequence[Method]:
     lab = bench.workshop.lab
     deep = [rivals.taylor_seer(lab, "deep_feature", n, order) for n in (3, 5, 8) for order in (1, 2)]
     whole = [rivals.taylor_seer(lab, "whole_output", n, order) for n in (3, 5, 8) for order in (1, 2)]
-    modules = [rivals.taylor_seer(lab, "modules", n, 1) for n in (3, 5)] if lab.networks.modules else []
+    modules = [rivals.taylor_seer(lab, "modules", n, 1) for n in (3,)] if lab.networks.modules else []
     return [*deep, *whole, *modules]
 
 
@@ -136,7 +137,7 @@ def _guidance(bench: Bench) -> Sequence[Method]:
     if BRANCH not in lab.networks.kinds:
         return []
     n = len(lab.device_steps)
-    alone = [rivals.guidance_interval(lab, guided) for guided in (0, n // 3, (2 * n) // 3)]
+    alone = [rivals.guidance_interval(lab, guided) for guided in (0, n // 3)]
     mixed = [(computed, guided) for computed, guided in ((5, 3), (8, 4)) if computed <= n]
     return [*alone, *(rivals.predicted_with_guidance_interval(lab, *each) for each in mixed)]
 
@@ -154,13 +155,11 @@ _FAMILIES: Mapping[str, Callable[[Bench], Sequence[Method]]] = {
     "ours": Bench.ours,
     "fewer-steps": _fewer,
     "deepcache": lambda bench: [rivals.deep_cache(bench.workshop.lab, n) for n in (2, 3, 4, 5, 6)],
-    "fora": lambda bench: [
-        rivals.fora(bench.workshop.lab, n) for n in (2, 3, 5) if bench.workshop.lab.networks.modules
-    ],
+    "fora": lambda bench: [rivals.fora(bench.workshop.lab, n) for n in (3, 5) if bench.workshop.lab.networks.modules],
     "taylorseer": _taylor,
     "teacache": _thresholds(calibration.tea_threshold, rivals.tea_cache, (4, 6, 8)),
     "first-block": _thresholds(calibration.block_threshold, rivals.first_block_cache, (3, 5, 7)),
     "output-cache": _thresholds(calibration.output_threshold, rivals.output_cache, (4, 6, 8)),
-    "random": lambda bench: [bench.random(share) for share in SHARES],
+    "random": lambda bench: [bench.random(share) for share in SHARES if bench.deep(share).computed > _FEWEST],
     "guidance-interval": _guidance,
 }

@@ -125,3 +125,58 @@ def test_what_it_refuses(changes: dict[str, Any], words: str, tmp_path: Path) ->
     }  # fmt: skip
     with pytest.raises(RequestError, match=words):
         evaluate_accelerate.run(**{**asked, **changes})
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two captions, two rivals, a short run of the reference pipeline."""
+    from latentrelay.reference.pipeline import reference_path
+
+    try:
+        reference_path()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    output = tmp_path_factory.mktemp("accelerate")
+    evaluate_accelerate.run(
+        "fewer-steps,deepcache",
+        2,
+        0,
+        device="x86-laptop-vnni",
+        student="pi",
+        split=2,
+        num_steps=7,
+        precision="fp32",
+        data_split="gate",
+        output=output,
+        as_json=True,
+    )
+    return dict(json.loads((output / "accelerate.json").read_text()))
+
+
+def test_a_short_run_has_what_machines_read(document: dict[str, Any]) -> None:
+    whole, *rows = document["rows"]
+    assert {"rows", "chosen", "ablation", "frontier"} <= set(document)
+    assert {(row["method"], *row["settings"].values()) for row in rows} == {
+        *(("fewer steps", count, "kept") for count in (3, 4, 5)),
+        ("fewer steps", 4, "natural"),
+        *(("DeepCache", interval) for interval in (2, 3, 4, 5, 6)),
+    }
+    for row in document["rows"]:
+        assert {"device_ms", "computed_steps", "psnr_db", "ssim", "attribute_accuracy", "frechet_distance"} <= set(row)
+    assert (whole["computed_steps"], whole["psnr_db"], whole["ssim"], whole["time_share"]) == (5, 200.0, 1.0, 1.0)
+    assert [row["computed_steps"] for row in rows if row["method"] == "DeepCache"] == [3, 2, 2, 1, 1]
+
+
+def test_steps_cost_what_they_call(document: dict[str, Any]) -> None:
+    costs = {kind: each["median_ms"] for kind, each in document["costs"].items()}
+    by_label = {row["label"]: row["device_ms"] for row in document["rows"]}
+    assert by_label["all steps"] == pytest.approx(5 * (costs["full"] + costs["tail"]), abs=0.01)
+    three = 3 * (costs["full"] + costs["tail"])
+    assert by_label["fewer steps: steps 3, grid kept"] == pytest.approx(three, abs=0.01)
+    cached = 2 * costs["full_deep"] + 3 * costs["shallow"] + 5 * costs["tail"]
+    assert by_label["DeepCache: interval 3"] == pytest.approx(cached, abs=0.01)
+
+
+def test_every_step_kept_is_the_run_itself(document: dict[str, Any]) -> None:
+    (kept,) = (row for row in document["rows"] if row["label"] == "fewer steps: steps 5, grid kept")
+    assert kept["psnr_db"] == 200.0
