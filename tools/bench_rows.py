@@ -179,7 +179,8 @@ def _bundle(row: Row, folder: Path, threads: int) -> Opened:
     rng = np.random.default_rng(0)
     feeds: Feeds = {port.name: rng.standard_normal(_static(port)).astype(port.dtype) for port in component.inputs}
     by_role = {port.role: port.name for port in component.inputs}
-    feeds[by_role["step"]] = np.array(0)
+    for role in {"step", "split_row"} & set(by_role):
+        feeds[by_role[role]] = np.array(0)
     if "guidance" in by_role:
         feeds[by_role["guidance"]] = np.array(bundle.manifest.guidance.default, np.float32)
     return Opened(lambda: graph.run(feeds), ", ".join(graph.providers), _onnx_files(bundle.file(component.path)))
