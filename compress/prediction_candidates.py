@@ -171,3 +171,10 @@ class Bench:
         return fit_rectifier(
             prediction, self.fit(split), self.staged, self.table, self.guidance, self.correction, candidate.rectify
         ).prediction
+
+
+def all_computed(bench: Bench, split: int) -> Prediction:
+    """What every candidate is compared with in the end: no step predicted."""
+    num_steps, mask = len(bench.table.rows), ("full",) * (len(bench.table.rows) - split)
+    update, candidates = ladder_rows(mask, split, num_steps, LadderSpec((0,)), np.arange(num_steps, dtype=np.float64))
+    return Prediction(split, mask, "whole_output", update, candidates)

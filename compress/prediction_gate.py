@@ -10,96 +10,25 @@ confidence; then the better target ships. Other splits get the same settings wit
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from latentrelay.compress.compensation_gate import Score
 from latentrelay.compress.denoising_chain import Correction, Floats
 from latentrelay.compress.errors import PredictionError
-from latentrelay.compress.ladders import LadderSpec
 from latentrelay.compress.plan import Evidence
 from latentrelay.compress.predicted_chain import Prediction, StagedDenoiser
 from latentrelay.compress.prediction import TARGETS, Target
-from latentrelay.compress.prediction_candidates import Bench, Candidate, Grid, StepCosts
+from latentrelay.compress.prediction_candidates import Bench, Candidate, Grid, StepCosts, all_computed
 from latentrelay.compress.prediction_grid import adjusted_grid
 from latentrelay.compress.prediction_masks import mask_policies
 from latentrelay.compress.prediction_outcome import METRIC, PredictionOutcome, relative_error
+from latentrelay.compress.prediction_search import Progress, Search, decibels, searched
 from latentrelay.compress.run_segments import Segment, segments
 from latentrelay.compress.solver_tables import SolverTable
 from latentrelay.compress.trajectory import Trajectories
 
 __all__ = ["PredictionOutcome", "StepCosts", "plan_prediction"]
-
-Progress = Callable[[str], None]
-Variants = Callable[[Candidate], list[Candidate]]
-_SINGLE = (
-    LadderSpec((1,)),
-    LadderSpec((1,), abscissa="logsnr"),
-    LadderSpec((2,)),
-    LadderSpec((2,), abscissa="logsnr", kind="newton"),
-)
-_CHOICES = (LadderSpec((0, 1)), LadderSpec((0, 1, 2), horizon=4))
-
-
-@dataclass(eq=False)
-class _Search:
-    """One target's, on one split: the best candidate so far, and what every part tried was worth."""
-
-    bench: Bench
-    split: int
-    probe: str | None
-    best: Candidate
-    say: Progress
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    parts: dict[str, tuple[Score, Score, Candidate]] = field(default_factory=dict)
-
-    def score(self, candidate: Candidate) -> Score | None:
-        """Said aloud, since it may take a while."""
-        self.say(f"prediction: split {self.split}, {candidate.name(self.probe)}")
-        return self.bench.score(candidate, self.split)
-
-    def try_part(self, part: str, variants: Variants) -> None:
-        """Score every variant of the best; one that gains with confidence becomes the best, the first of equals."""
-        base, current = self.best, self.bench.score(self.best, self.split)
-        if current is None:
-            return
-        tried = [(each, found) for each in variants(base) if (found := self.score(each)) is not None]
-        for each, found in tried:
-            self.rows.append(self.row(each, found, base, current))
-        fair = [(each, found) for each, found in tried if each.metric != "random"]
-        if not fair:
-            return
-        sound = [(each, found) for each, found in fair if found.over(current)[1] > 0.0]
-        chosen, found = max(sound or fair, key=lambda pair: pair[1].mean)
-        if part not in self.parts or sound:
-            self.parts[part] = (current, found, chosen)
-        if sound:
-            self.best = chosen
-
-    def try_without(self, part: str, simpler: Candidate) -> None:
-        """Take a part out again where, among all that came after it, it no longer gains with confidence."""
-        current, without = self.bench.score(self.best, self.split), self.score(simpler)
-        if current is None or without is None:
-            return
-        self.rows.append(self.row(simpler, without, None, None))
-        self.parts[part] = (without, current, self.best)
-        if not current.over(without)[1] > 0.0:
-            self.best = simpler
-
-    def row(self, candidate: Candidate, found: Score, base: Candidate | None, over: Score | None) -> dict[str, Any]:
-        """A line of the report."""
-        prediction = self.bench.prediction(candidate, self.split)
-        mask = () if prediction is None else prediction.mask
-        gain = None if over is None else [_db(value) for value in found.over(over)]
-        return {
-            "name": candidate.name(self.probe),
-            "psnr_db": _db(found.mean),
-            "extends": None if base is None else base.name(self.probe),
-            "gain_db": gain,
-            "computed_steps": mask.count("full"),
-            "device_ms": round(self.bench.costs.run_ms(mask, candidate.target, candidate.metric is not None), 3),
-            "mask": "".join("F" if kind == "full" else "p" for kind in mask),
-        }
 
 
 def plan_prediction(
@@ -155,50 +84,13 @@ def plan_prediction(
         on_grid,
     )
     at = max(splits)
-    found = [_searched(bench, at, target, probe, say) for target in (targets or TARGETS)]
+    found = [searched(bench, at, target, probe, say) for target in (targets or TARGETS)]
     return _outcome(bench, [each for each in found if each is not None], splits, at, probe, fallback_threshold, say)
-
-
-def _searched(bench: Bench, split: int, target: Target, probe: str | None, say: Progress) -> _Search | None:
-    """None where the time has no room for this target."""
-    search = _Search(bench, split, probe, Candidate(target), say)
-    plain = search.score(search.best)
-    if plain is None:
-        return None
-    search.rows.append(search.row(search.best, plain, None, None))
-    search.try_part("order above 0", lambda best: [replace(best, spec=spec) for spec in _SINGLE])
-    search.try_part("mask policy", lambda best: [replace(best, policy=policy) for policy in ("threshold", "dp")])
-    search.try_part("order above 0", lambda best: [replace(best, spec=spec) for spec in _others(best)])  # on that mask
-    one_order = search.best.spec
-    if probe is not None:
-        search.try_part("choice per token", _choices)
-    before_grid = search.best
-    search.try_part("adjusted grid", lambda best: [replace(best, grid="nominal"), replace(best, grid="actual")])
-    adjusted, search.best = search.best, before_grid
-    search.try_part("rectifier", lambda best: [replace(best, rectify="predicted"), replace(best, rectify="all")])
-    if search.best.rectify is not None:
-        search.try_part("order above 0", lambda best: [replace(best, spec=s) for s in _others(best)])
-        search.try_part("mask policy", lambda best: [replace(best, policy=p) for p in bench.policies])
-        if search.best.metric is not None:
-            search.try_without("choice per token", replace(search.best, spec=one_order, metric=None))
-    if adjusted.grid is not None:  # grid and rectifier exclude each other: its aims are at the nominal noise levels
-        search.try_part("adjusted grid over the rectifier", lambda best: [adjusted])
-    return search
-
-
-def _choices(best: Candidate) -> list[Candidate]:
-    """Per token out of several orders, by both metrics; and any row, as a control."""
-    found = [replace(best, spec=spec, metric=metric) for spec in _CHOICES for metric in ("l2", "cosine")]
-    return [*found, replace(best, spec=_CHOICES[0], metric="random")]
-
-
-def _others(best: Candidate) -> list[LadderSpec]:
-    return [spec for spec in _SINGLE if spec != best.spec] if best.metric is None else []
 
 
 def _outcome(
     bench: Bench,
-    searches: Sequence[_Search],
+    searches: Sequence[Search],
     splits: Sequence[int],
     at: int,
     probe: str | None,
@@ -212,6 +104,8 @@ def _outcome(
     if not ranked:
         why = f"nothing is predicted: {bench.speedup:g} times faster leaves fewer than 2 of {_left(bench, at)} steps"
         return PredictionOutcome({}, None, None, bench.table, (), report | {"why": why}, why)
+    computed = bench.measured(all_computed(bench, at))
+    report |= {"all_computed_psnr_db": decibels(computed.mean)}
     best = ranked[0].best
     predictions: dict[int, Prediction] = {}
     for split in sorted(set(splits)):
@@ -223,6 +117,7 @@ def _outcome(
     why = f"{best.name(probe)}: {_mean(winner):.2f} dB to the float run over {report['held_out_runs']} held-out runs"
     for other in ranked[1:]:
         why += f", against {_mean(bench.score(other.best, at)):.2f} dB of {other.best.name(probe)} in the same time"
+    why += f"; every step computed: {computed.mean:.2f} dB"
     report |= {"chosen": best.name(probe), "why": why}
     evidence = tuple(each for search in ranked for each in _evidence(search, best))
     return PredictionOutcome(predictions, best, probe, bench.table, evidence, report, why)
@@ -233,20 +128,20 @@ def _for_split(bench: Bench, best: Candidate, split: int, say: Progress) -> tupl
     prediction, found = bench.prediction(best, split), bench.score(best, split)
     if prediction is None or found is None:
         return None, {}
-    line: dict[str, Any] = {"computed_steps": prediction.mask.count("full"), "psnr_db": _db(found.mean)}
+    line: dict[str, Any] = {"computed_steps": prediction.mask.count("full"), "psnr_db": decibels(found.mean)}
     plain = replace(best, rectify=None, grid=None)
     if plain != best:
         say(f"prediction: split {split} with and without its correction")
         without = bench.score(plain, split)
         if without is not None:
-            line["gain_db"] = [_db(value) for value in found.over(without)]
+            line["gain_db"] = [decibels(value) for value in found.over(without)]
             line["corrected"] = found.over(without)[1] > 0.0
             if not line["corrected"]:
-                return bench.prediction(plain, split), line | {"psnr_db": _db(without.mean)}
+                return bench.prediction(plain, split), line | {"psnr_db": decibels(without.mean)}
     return prediction, line
 
 
-def _evidence(search: _Search, shipped: Candidate) -> Iterator[Evidence]:
+def _evidence(search: Search, shipped: Candidate) -> Iterator[Evidence]:
     """A row a part: its best variant against what it was added to; kept where it is in what ships."""
     for part, (without, with_it, candidate) in search.parts.items():
         gained = with_it.over(without)[1] > 0.0
@@ -301,8 +196,3 @@ def _left(bench: Bench, split: int) -> int:
 
 def _mean(score: Score | None) -> float:
     return float("-inf") if score is None else score.mean
-
-
-def _db(value: float) -> float:
-    """For JSON: two digits, and a run that stopped being numbers as -999."""
-    return round(min(max(value, -999.0), 999.0), 2)

@@ -14,8 +14,9 @@ from latentrelay.compress.ladders import LadderSpec
 from latentrelay.compress.plan import Plan, PlanSource, SplitMask, full_plan
 from latentrelay.compress.predicted_chain import Prediction, predicted_chain
 from latentrelay.compress.prediction_candidates import Bench, Candidate, StepCosts, uniform
-from latentrelay.compress.prediction_gate import PredictionOutcome, _Search, plan_prediction
+from latentrelay.compress.prediction_gate import PredictionOutcome, plan_prediction
 from latentrelay.compress.prediction_masks import mask_policies
+from latentrelay.compress.prediction_search import Search
 from latentrelay.compress.run_segments import segments
 from latentrelay.compress.trajectory import Trajectories
 
@@ -67,6 +68,7 @@ def test_what_ships_is_at_the_time_asked_for_and_the_best_of_what_was_tried(outc
         best[f"{target} uniform order 0"] for target in ("whole_output", "deep_feature")
     )
     assert report["chosen"] in outcome.why
+    assert report["all_computed_psnr_db"] == 200.0  # the float network itself
     assert {name.split(": ")[1] for name in (each.name for each in outcome.evidence)} >= EXPECTED_PARTS
     assert any(each.verdict == "kept" for each in outcome.evidence)
     extended = {row["name"]: row for row in report["candidates"] if row["extends"]}
@@ -119,20 +121,20 @@ def test_a_rectifier_that_hurts_is_dropped(
 
     fit, held = relabelled(staged_runs("fit", 12)), staged_runs("held", 8, seed=90)
     bench = _bench(staged, staged_table(), fit, held)
-    search = _Search(bench, SPLIT, "P1", Candidate("whole_output", LadderSpec((1,))), lambda words: None)
+    search = Search(bench, SPLIT, "P1", Candidate("whole_output", LadderSpec((1,))), lambda words: None)
     search.try_part("rectifier", lambda best: [dataclasses.replace(best, rectify="predicted")])
     without, with_it, _ = search.parts["rectifier"]
     assert with_it.over(without)[2] < 0.0
     assert search.best.rectify is None
     right = _bench(staged, staged_table(), staged_runs("fit", 12), held)  # fitted on its own runs it ships
-    search = _Search(right, SPLIT, "P1", Candidate("whole_output", LadderSpec((1,))), lambda words: None)
+    search = Search(right, SPLIT, "P1", Candidate("whole_output", LadderSpec((1,))), lambda words: None)
     search.try_part("rectifier", lambda best: [dataclasses.replace(best, rectify="predicted")])
     assert search.best.rectify == "predicted"
 
 
 def test_a_gain_within_its_interval_does_not_ship(staged: Any, staged_table: Any, staged_runs: Any) -> None:
     runs = staged_runs("held", 4)
-    search = _Search(
+    search = Search(
         _bench(staged, staged_table(), runs, runs), SPLIT, None, Candidate("whole_output"), lambda words: None
     )
     better = Candidate("whole_output", LadderSpec((1,)))
@@ -148,7 +150,7 @@ def test_a_gain_within_its_interval_does_not_ship(staged: Any, staged_table: Any
 
 def test_a_random_choice_is_a_control_and_never_ships(staged: Any, staged_table: Any, staged_runs: Any) -> None:
     runs = staged_runs("held", 4)
-    search = _Search(
+    search = Search(
         _bench(staged, staged_table(), runs, runs), SPLIT, "P1", Candidate("deep_feature"), lambda words: None
     )
     random = Candidate("deep_feature", LadderSpec((0, 1)), metric="random")
