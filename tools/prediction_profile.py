@@ -45,9 +45,23 @@ def run(
         raise RequestError("too little to profile", got=got, expected="1 bundle and 2 captions, or more")
     with extra("compress", "profiling predicted steps"), counting("profiling", None) as advance:
         from latentrelay.compress.prediction_plot import plot_error_matrices, plot_probe_fidelity
+        from latentrelay.reference import pipeline as reference
+        from latentrelay.reference.captions import sample_captions
 
-        opened = [Bundle.open(path) for path in bundles]
-        document, panels, bars = profile(opened, captions, seed, split, threads or 1, output, lambda w: advance(w, 0))
+        opened, pipeline = [Bundle.open(path) for path in bundles], reference.load(Path(resolve(REFERENCE)))
+        prompts = [caption.text for _, caption in sample_captions("calibrate", captions, seed)]
+        seeds = [seed * 1_000_003 + i for i in range(captions)]
+        found, panels, bars = profile(
+            opened, pipeline, prompts, seeds, split, threads or 1, output, lambda words: advance(words, 0)
+        )
+        asked = " ".join(f"--prediction-profile {bundle.manifest.precision}" for bundle in opened)
+        document = {
+            "command": f"latentrelay evaluate {asked} --captions {captions} --seed {seed} --splits {split}",
+            "captions": captions,
+            "seed": seed,
+            "data_split": "calibrate",
+            **found,
+        }
         beside = output / f".{FILES[0]}.new"
         beside.write_text(_compact(json.dumps(document, allow_nan=False, indent=1)) + "\n", encoding="utf-8")
         beside.replace(output / FILES[0])
@@ -57,24 +71,36 @@ def run(
 
 
 def profile(
-    bundles: Sequence[Bundle], captions: int, seed: int, split: int, threads: int, output: Path, say: Say
+    bundles: Sequence[Bundle],
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    split: int,
+    threads: int,
+    output: Path,
+    say: Say,
 ) -> tuple[dict[str, Any], list[MatrixPanel], dict[str, list[Fidelity]]]:
-    """(the document, panels of the error matrices, the probes' rows by network); recorded runs stay in `output`."""
+    """(the document, panels of the error matrices, the probes' rows by network) of a run a prompt and seed; `pipeline`
+    is the bundles' source, for the cloud's steps. Recorded runs and cut graphs stay in `output`."""
     from latentrelay.compress.error_propagation import fit_jacobian
     from latentrelay.compress.plan import Plan
-    from latentrelay.reference import pipeline as reference
-    from latentrelay.reference.captions import sample_captions
     from latentrelay.tools.bench_graphs import version
-    from latentrelay.tools.profiled_network import FEATURE, RESULT, ProfiledNetwork, Reusing, cloud_run, record_runs
-    from latentrelay.tools.profiled_segment import TARGETS, ProfiledSegment
+    from latentrelay.tools.profiled_network import (
+        FEATURE,
+        TARGETS,
+        ProfiledNetwork,
+        Reusing,
+        along_cloud,
+        along_runs,
+        record_runs,
+    )
+    from latentrelay.tools.profiled_segment import ProfiledSegment
 
     plain = bundles[0]
     recipe, guidance = Plan.load(plain.path).recipe, float(plain.manifest.guidance.default)
     if not 0 < split < recipe.num_steps - 1:
         raise RequestError("split is out of range", got=split, expected=f"1 .. {recipe.num_steps - 2}")
-    prompts = [caption.text for _, caption in sample_captions("calibrate", captions, seed)]
-    seeds = [seed * 1_000_003 + i for i in range(captions)]
-    pipeline, solver = reference.load(Path(resolve(REFERENCE))), recipe.solver_table
+    solver, kind = recipe.solver_table, plain.manifest.prediction_type
     names = [str(bundle.manifest.precision) for bundle in bundles]
     networks = [
         ProfiledNetwork.of(each, solver, output / "cut" / name, threads)
@@ -91,35 +117,24 @@ def profile(
     panels: list[MatrixPanel] = []
     bars: dict[str, list[Fidelity]] = {}
     for name, network in zip(names, networks, strict=True):
-        streams = []
-        for i, each in enumerate(runs):
-            say(f"{name}: run {i + 1} of {captions}")
-            streams.append((each.split, network.along(each)))
+        say(f"{name}: along {len(prompts)} runs")
+        streams = along_runs(network, runs, solver, kind)
         segment = ProfiledSegment.of(name, "edge", streams, guidance, solver, jacobian, (split, recipe.num_steps))
-        ranks = []
-        for horizon in HORIZONS:
-            say(f"{name}: the probes, horizon {horizon}")
-            found = segment.fidelity(streams, network.probes, PLOTTED, horizon)
-            ranks += [{"target": t, "horizon": horizon, **row.to_json()} for t, every in found.items() for row in every]
-            bars.setdefault(name, found[FEATURE])
-        rows.append(segment.document(BUDGETS, ranks))
+        say(f"{name}: the probes")
+        rated = {horizon: segment.fidelity(streams, network.probes, PLOTTED, horizon) for horizon in HORIZONS}
+        bars[name] = rated[HORIZONS[0]][FEATURE]
+        rows.append(segment.document(BUDGETS, rated))
         panels += [segment.panel(target, PLOTTED) for target in (TARGETS if network is networks[0] else (FEATURE,))]
-    say("profiling the cloud's segment")
-    seen = (cloud_run(plain, pipeline, solver, *each, split) for each in zip(prompts, seeds, strict=True))
-    streams = [(0, {FEATURE: each.feature, RESULT: each.noise_pred}) for each in seen]
+    say("the cloud's segment")
+    streams = along_cloud(plain, pipeline, solver, prompts, seeds, split)
     segment = ProfiledSegment.of("teacher", "cloud", streams, guidance, solver, jacobian, (0, split))
-    rows.append(segment.document(CLOUD_BUDGETS, []))
+    rows.append(segment.document(CLOUD_BUDGETS, {}))
     panels.append(segment.panel(FEATURE, CLOUD_PLOTTED))
-    asked = " ".join(f"--prediction-profile {name}" for name in names)
     document = {
-        "command": f"latentrelay evaluate {asked} --captions {captions} --seed {seed} --splits {split}",
-        "captions": captions,
-        "seed": seed,
-        "data_split": "calibrate",
         "split": split,
         "num_steps": recipe.num_steps,
         "sampler": recipe.sampler,
-        "prediction_type": plain.manifest.prediction_type,
+        "prediction_type": kind,
         "guidance": guidance,
         "networks": rows,
         "jacobian": [float(f"{each:.4g}") for each in jacobian],

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import onnx
 from latentrelay.compress.denoising_chain import Floats, Start, chain
+from latentrelay.compress.error_matrix import velocity
+from latentrelay.compress.ladders import log_snr
 from latentrelay.compress.plan import Plan
 from latentrelay.compress.solver_tables import SolverTable
 from latentrelay.compress.trajectory import Identity, Trajectories, Trajectory, record, step_feeds
@@ -27,7 +29,9 @@ from latentrelay.export.staged_torch import StagedTorch
 from latentrelay.runtime import Bundle
 from latentrelay.runtime.backend import Graph, open_backend
 
-FEATURE, RESULT = "deep_feature", "out_sample"
+FEATURE, WHOLE, RESULT = "deep_feature", "whole_output", "out_sample"
+TARGETS = (FEATURE, WHOLE)
+Streams = Sequence[tuple[int, Mapping[str, Any]]]  # (first step, {name: (n, 2, ...)}) a run
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,27 +111,47 @@ def record_runs(
     return record(folder, prompts, seeds, (0, split), cloud, network, solver, identity, progress)
 
 
-@dataclass(frozen=True, eq=False)
-class CloudRun:
-    """The full model's first `split` steps: `noise_pred` (split, 2, C, h, w), `feature` (split, 2, Cf, hf, wf)."""
+def along_runs(network: ProfiledNetwork, runs: Trajectories, solver: SolverTable, prediction_type: str) -> Streams:
+    """Everything that the network gives along every run, and its output as v, "whole_output"."""
+    found = []
+    for run in runs:
+        given = network.along(run)
+        whole = as_v(given[RESULT], run.latents[:-1], run.split, solver, prediction_type)
+        found.append((run.split, {**given, WHOLE: whole}))
+    return found
 
-    noise_pred: Floats
-    feature: Floats
 
-
-def cloud_run(bundle: Bundle, pipeline: Any, solver: SolverTable, prompt: str, seed: int, split: int) -> CloudRun:
-    """Of one caption, in torch. Raises UnsupportedSourceError."""
+def along_cloud(
+    bundle: Bundle, pipeline: Any, solver: SolverTable, prompts: Sequence[str], seeds: Sequence[int], split: int
+) -> Streams:
+    """The full model's deep feature and output along its own first `split` steps, in torch. Raises
+    UnsupportedSourceError."""
     latent, guidance = bundle.manifest.latent, float(bundle.manifest.guidance.default)
     begin = PipelineCloud(pipeline, solver, guidance, (latent.channels, latent.height, latent.width))
     staged = StagedTorch(pipeline.unet, solver, probe=None)
-    features: list[Floats] = []
+    found = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        handoff = begin(prompt, seed, 0)
+        features: list[Floats] = []
 
-    def watched(latents: Floats, step: int, prompt_embeds: Floats) -> Floats:
-        found = staged.full(latents, step, prompt_embeds)
-        features.append(found.feature)
-        return found.noise_pred
+        def watched(latents: Floats, step: int, prompt_embeds: Floats, seen: list[Floats] = features) -> Floats:
+            given = staged.full(latents, step, prompt_embeds)
+            seen.append(given.feature)
+            return given.noise_pred
 
-    handoff = begin(prompt, seed, 0)
-    start = Start(0, handoff.latents, None, handoff.prompt_embeds)
-    steps = list(itertools.islice(chain(watched, solver, start, guidance), split))
-    return CloudRun(np.stack([step.noise_pred for step in steps]), np.stack(features))
+        start = Start(0, handoff.latents, None, handoff.prompt_embeds)
+        steps = list(itertools.islice(chain(watched, solver, start, guidance), split))
+        latents, outputs = (np.stack([getattr(each, name) for each in steps]) for name in ("latents", "noise_pred"))
+        whole = as_v(outputs, latents, 0, solver, bundle.manifest.prediction_type)
+        found.append((0, {FEATURE: np.stack(features), RESULT: outputs, WHOLE: whole}))
+    return found
+
+
+def as_v(noise_pred: Floats, latents: Floats, first: int, solver: SolverTable, prediction_type: str) -> Floats:
+    """(n, 2, C, h, w) of the steps from `first` on as v, latents (n, 1, C, h, w): the v that epsilon amounts to, since
+    held epsilon is a run on the computed steps alone under DDIM. Raises PredictionError as `log_snr` does."""
+    if prediction_type == "v_prediction":
+        return noise_pred
+    alphas = 1.0 / (1.0 + np.exp(-log_snr(solver, prediction_type)))
+    rows = [velocity(q, x, float(alphas[first + i])) for i, (q, x) in enumerate(zip(noise_pred, latents, strict=True))]
+    return np.stack(rows).astype(np.float32)

@@ -1,7 +1,7 @@
 """One network's part of a run as `prediction_profile` tells of it: error matrices, schedules, and the probes' ranks.
 
-In: what the network gave along recorded runs, (first step, {name: (n, 2, ...)}) a run. Out: plain rows for the document
-and panels for the plots. The segment is `first` .. `last_excl` - 1, the device's or the cloud's.
+In: what the network gave along recorded runs, (first step, {name: (n, 2, ...)}) a run, "whole_output" as v. Out: plain
+rows for the document and panels for the plots. The segment is `first` .. `last_excl` - 1, the device's or the cloud's.
 """
 
 from __future__ import annotations
@@ -26,13 +26,10 @@ from latentrelay.compress.step_schedule import (
     step_weights,
     uniform_mask,
 )
-from latentrelay.tools.profiled_network import FEATURE, RESULT
+from latentrelay.tools.profiled_network import RESULT, TARGETS, Streams
 from numpy.typing import NDArray
 
-WHOLE = "whole_output"
-TARGETS = {FEATURE: FEATURE, WHOLE: RESULT}  # by the names of a prediction's targets, what the network calls them
 ORDERS = (0, 1, 2)
-Streams = Sequence[tuple[int, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +58,8 @@ class ProfiledSegment:
         """Of what a network gave along runs; `jacobian` (N,) as `fit_jacobian` measures it."""
         num_steps = len(solver.rows)
         matrices = {
-            target: error_matrix(((first, found[stream]) for first, found in streams), num_steps, f"{name}: {target}")
-            for target, stream in TARGETS.items()
+            target: error_matrix(((first, found[target]) for first, found in streams), num_steps, f"{name}: {target}")
+            for target in TARGETS
         }
         outputs = ((first, found[RESULT]) for first, found in streams)
         guided = ((first, q[:, :1] + np.float32(guidance) * (q[:, 1:] - q[:, :1])) for first, q in outputs)
@@ -70,8 +67,8 @@ class ProfiledSegment:
         weights = step_weights(solver, np.nan_to_num(norms), jacobian)
         return cls(name, place, *segment, num_steps, matrices, weights)
 
-    def document(self, budgets: Iterable[int], fidelity: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Plain rows."""
+    def document(self, budgets: Iterable[int], rated: Mapping[int, Mapping[str, Sequence[Fidelity]]]) -> dict[str, Any]:
+        """Plain rows; `rated` by horizon, as `fidelity` gives them."""
         return {
             "name": self.name,
             "segment": self.place,
@@ -79,16 +76,20 @@ class ProfiledSegment:
             "matrices": {target: matrix.to_json(4) for target, matrix in self.matrices.items()},
             "weights": [float(f"{weight:.4g}") for weight in self.weights[self.first : self.last_excl]],
             "schedules": list(self.schedules(budgets)),
-            "fidelity": list(fidelity),
+            "fidelity": [
+                {"target": target, "horizon": horizon, **row.to_json()}
+                for horizon, found in rated.items()
+                for target, every in found.items()
+                for row in every
+            ],
         }
 
     def schedules(self, budgets: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """Per target and budget: the threshold search, the dynamic programme with and without weights, even steps.
-
-        The cap on predicted steps in a row is MAX_RUN, or one more than the budget needs."""
+        """Per target and budget that the segment holds: the threshold search, the dynamic programme with and without
+        weights, even steps. At most MAX_RUN predicted steps in a row, or one more than the budget needs."""
         first, last_excl, n = self.first, self.last_excl, self.last_excl - self.first
         for target, matrix in self.matrices.items():
-            for computed in budgets:
+            for computed in (each for each in budgets if 2 <= each <= n):
                 cap = max(MAX_RUN, math.ceil((n - computed) / (computed - 1)) + 1)
                 found = {
                     "threshold": mask_by_budget(matrix, first, last_excl, computed, cap),
@@ -103,8 +104,9 @@ class ProfiledSegment:
                     yield {**row, "cost": cost}
 
     def mask(self, target: str, computed: int) -> Mask:
-        """The dynamic programme's."""
-        return optimal_mask(self.matrices[target], self.first, self.last_excl, computed, self.weights, None)
+        """The dynamic programme's, of a shorter segment with every step computed."""
+        most = min(computed, self.last_excl - self.first)
+        return optimal_mask(self.matrices[target], self.first, self.last_excl, most, self.weights, None)
 
     def panel(self, target: str, computed: int) -> MatrixPanel:
         """A heat map with that mask."""
@@ -117,10 +119,10 @@ class ProfiledSegment:
     ) -> dict[str, list[Fidelity]]:
         """By target: every probe and metric, with orders 0 to 2 and the dynamic programme's mask."""
         found = {}
-        for target, stream in TARGETS.items():
+        for target in TARGETS:
             mask = self.mask(target, computed)
             axis = np.arange(self.num_steps, dtype=np.float64)
             update, rows = ladder_rows(mask, self.first, self.num_steps, LadderSpec(ORDERS, horizon=horizon), axis)
-            runs = (ProfiledRun(first, each[stream], {name: each[name] for name in probes}) for first, each in streams)
+            runs = (ProfiledRun(first, each[target], {name: each[name] for name in probes}) for first, each in streams)
             found[target] = probe_fidelity(runs, mask, self.first, update, rows, probes)
         return found
