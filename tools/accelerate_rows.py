@@ -38,20 +38,20 @@ class Bench:
     workshop: Workshop
     costs: Mapping[str, float]
 
-    def affordable(self, share: float, reused: float) -> int:
-        """The most computed steps within a share of the segment's time, where a predicted step costs `reused` ms."""
-        steps = len(self.workshop.lab.device_steps)
-        full, tail = self.costs["full"], self.costs["tail"]
-        left = share * steps * (full + tail) - steps * tail
-        return max(_FEWEST, min(steps, int((left - steps * reused) / (full - reused) + 1e-9)))
+    def affordable(self, share: float, computed: str, predicted: str | None) -> int:
+        """The most computed steps within a share of the segment's time, by what the two kinds of step call."""
+        steps, whole = len(self.workshop.lab.device_steps), self.costs["full"] + self.costs["tail"]
+        full, reused = self.costs[computed], 0.0 if predicted is None else self.costs[predicted]
+        left = steps * (share * whole - self.costs["tail"] - reused)
+        return max(_FEWEST, min(steps, int(left / (full - reused) + 1e-9)))
 
     def whole(self, share: float) -> OurSettings:
         """The whole output, uniform, order 1, at a share of the time."""
-        return OurSettings("whole_output", self.affordable(share, 0.0))
+        return OurSettings("whole_output", self.affordable(share, "full", None))
 
     def deep(self, share: float) -> OurSettings:
         """The deep feature, uniform, order 1, at a share of the time."""
-        return OurSettings("deep_feature", self.affordable(share, self.costs["shallow"]))
+        return OurSettings("deep_feature", self.affordable(share, "full_deep", "shallow_probe"))
 
     def ours(self) -> list[Method]:
         """Ours, without the planner's own choices."""

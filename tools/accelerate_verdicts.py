@@ -7,11 +7,13 @@ caption; intervals are bootstrap 95 % ones of the mean difference in dB.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from latentrelay.tools.accelerate_runs import Result
+from latentrelay.tools.accelerate_runs import Doubles, Result
 from latentrelay.tools.evaluate import bootstrap_interval
 from latentrelay.tools.picture_scores import summary
+
+Reference = Literal["uncached", "float"]
 
 
 def row(result: Result, whole: Result, costs: Mapping[str, float], renderings: Any) -> dict[str, Any]:
@@ -36,38 +38,48 @@ def row(result: Result, whole: Result, costs: Mapping[str, float], renderings: A
 
 
 def frontier(
-    results: Sequence[Result], whole: Result, costs: Mapping[str, float], shares: Sequence[float]
+    results: Sequence[Result],
+    whole: Result,
+    costs: Mapping[str, float],
+    shares: Sequence[float],
+    to: Reference = "uncached",
 ) -> list[dict[str, Any]]:
-    """At each share of the uncached segment's time: the best of ours within it, the best rival, and who is ahead."""
+    """At each share of the uncached segment's time: the best of ours within it, the best rival, and who is ahead, by
+    PSNR `to` the bundle's own uncached run or to the float network's."""
     found, full = [], whole.device_ms(costs)
     for share in shares:
         within = [each for each in results if each.device_ms(costs) <= share * full]
-        ours, rivals = (_best([each for each in within if each.ours is mine]) for mine in (True, False))
+        ours, rivals = (_best([each for each in within if each.ours is mine], to) for mine in (True, False))
         entry: dict[str, Any] = {"share": share, "device_ms": round(share * full, 3)}
         for side, best in (("ours", ours), ("rival", rivals)):
             entry[side] = None if best is None else best.label
-            entry[f"{side}_psnr_db"] = None if best is None else float(best.psnr_db.mean())
+            entry[f"{side}_psnr_db"] = None if best is None else float(_psnr(best, to).mean())
             entry[f"{side}_device_ms"] = None if best is None else round(best.device_ms(costs), 3)
-        entry |= _compared(ours, rivals)
+        entry |= _compared(ours, rivals, to)
         found.append(entry)
     return found
 
 
-def _compared(ours: Result | None, rival: Result | None) -> dict[str, Any]:
+def _compared(ours: Result | None, rival: Result | None, to: Reference) -> dict[str, Any]:
     if ours is None or rival is None:
         return {"gain_db": None, "gain_db_95": None, "verdict": "only one side has a method within this time"}
-    gain = paired(ours, rival)
+    gain = paired(ours, rival, to)
     verdict = {"kept": "ours ahead", "dropped": "rival ahead"}.get(gain.pop("verdict"), "tied within the interval")
     return {**gain, "verdict": verdict}
 
 
-def paired(with_it: Result, without_it: Result) -> dict[str, Any]:
+def paired(with_it: Result, without_it: Result, to: Reference = "uncached") -> dict[str, Any]:
     """Mean gain in dB, its interval, and whether the part is kept (above 0), dropped (below) or makes no difference."""
-    gains = (with_it.psnr_db - without_it.psnr_db).tolist()
+    gains = (_psnr(with_it, to) - _psnr(without_it, to)).tolist()
     low, high = bootstrap_interval(gains)
     verdict = "kept" if low > 0.0 else "dropped" if high < 0.0 else "no difference"
     return {"gain_db": float(sum(gains) / len(gains)), "gain_db_95": [low, high], "verdict": verdict}
 
 
-def _best(results: Sequence[Result]) -> Result | None:
-    return max(results, key=lambda each: float(each.psnr_db.mean()), default=None)
+def _best(results: Sequence[Result], to: Reference) -> Result | None:
+    return max(results, key=lambda each: float(_psnr(each, to).mean()), default=None)
+
+
+def _psnr(result: Result, to: Reference) -> Doubles:
+    """(captions,); to the float run where the bundle's network is another."""
+    return result.psnr_db if to == "uncached" or result.float_psnr_db is None else result.float_psnr_db

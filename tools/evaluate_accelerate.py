@@ -172,6 +172,7 @@ def evaluate(
         "rows": rows,
         "chosen": chosen,
         "frontier": verdicts.frontier(results[1:], whole, bench.costs, SHARES),
+        "frontier_to_float": verdicts.frontier(results[1:], whole, bench.costs, SHARES, "float") if exact else None,
         "ablation": ablation,
         "costs": {kind: {key: round(value, 4) for key, value in each.items()} for kind, each in costs.items()},
         "model": REFERENCE,
@@ -251,7 +252,7 @@ def everything(
     result(runner.reference)
     for family in wanted:
         if family == "few-step":
-            results |= {found.label: found for found in few_step(runner, shelf)}
+            results |= {found.label: found for found in few_step(bench, runner, shelf)}
             continue
         for method in bench.methods(family):
             result(method)
@@ -299,13 +300,14 @@ def planned(
     return results, entries
 
 
-def few_step(runner: Runner, shelf: Shelf) -> list[Result]:
+def few_step(bench: Bench, runner: Runner, shelf: Shelf) -> list[Result]:
     """The consistency student, four and eight steps, half of them on the device: another run from the first step on, so
-    that its PSNR to the uncached one says little. Its network is the student's own at batch 1."""
+    that its PSNR to the uncached one says little. Its network is the student's own at batch 1, in float; beside a
+    quantised bundle it is left out."""
     from latentrelay.tools.accelerate_networks import BRANCH
     from latentrelay.tools.evaluate_few_step import few_step_networks, hybrid_latents
 
-    if shelf.student_name != FEW_STEP_STUDENT:
+    if shelf.student_name != FEW_STEP_STUDENT or runner.exact is not None or BRANCH not in bench.costs:
         return []
     networks = few_step_networks(FEW_STEP_STUDENT)
     found = []

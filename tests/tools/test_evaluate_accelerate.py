@@ -53,6 +53,18 @@ def test_the_frontier_by_hand() -> None:
     assert half["device_ms"] == 50.0
 
 
+def test_a_quantised_network_is_also_compared_with_the_float_run() -> None:
+    def result(name: str, ours: bool, psnr: float, to_float: float) -> Result:
+        plain = a_result(name, 4, psnr, ours)
+        return Result(name, {}, ours, plain.kinds, plain.psnr_db, np.full(COUNT, to_float), plain.scored)
+
+    both = [result("a", True, 40.0, 39.0), result("b", False, 42.0, 38.0)]
+    whole = a_result("all steps", 10, 200.0)
+    (own,), (exact,) = frontier(both, whole, COSTS, (0.5,)), frontier(both, whole, COSTS, (0.5,), "float")
+    assert (own["verdict"], own["gain_db"]) == ("rival ahead", pytest.approx(-2.0))
+    assert (exact["verdict"], exact["gain_db"]) == ("ours ahead", pytest.approx(1.0))
+
+
 def test_a_gain_within_its_interval_is_no_difference() -> None:
     base = a_result("without", 4, 40.0)
     assert paired(a_result("with", 4, 40.1, spread=3.0), base)["verdict"] == "no difference"
