@@ -146,8 +146,9 @@ class BundleJob:
         from latentrelay.export.coreml_pass import CoreMLPass  # coremltools takes seconds to import
 
         packages = CoreMLPass(
-            calibrated, self.vae, self.precision, self.stages, made["unet"], self._keys["run"], self.style
-        )
+            calibrated, self.vae, self.precision, self.stages, made["unet"], self._keys["run"], self.style,
+            self._predicting,
+        )  # fmt: skip
         return packages.add(refined, samples)
 
     @property
@@ -163,7 +164,7 @@ class BundleJob:
 
     @cached_property
     def _predicting(self) -> PredictionPass:
-        return PredictionPass(self._calibrated, self.prediction, self.stages)
+        return PredictionPass(self._calibrated, self.prediction, self.stages, self.scheduler)
 
     @property
     def rule(self) -> SamplerRule:

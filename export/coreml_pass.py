@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir
 from latentrelay.compress.plan import Plan
 from latentrelay.compress.precision import recipe_for
+from latentrelay.compress.predicted_chain import WholeOutput
 from latentrelay.export.activation_ranges import Ranges
 from latentrelay.export.bundle_folder import write_json
 from latentrelay.export.calibrated_runs import CalibratedRuns, plan_digest
@@ -26,6 +27,8 @@ from latentrelay.export.layers import layers_of
 from latentrelay.export.package_style import PackageStyle
 from latentrelay.export.parity import Sample
 from latentrelay.export.precision_pass import RANGES, Refined
+from latentrelay.export.predicted_bundle import plain_row, with_ladders
+from latentrelay.export.prediction_pass import PredictionPass
 from latentrelay.export.stages import StageStore, read_json, stage_digest
 from latentrelay.runtime.manifest import CoreMLPackage
 from latentrelay.runtime.strict_json import parse_record, record_to_json
@@ -38,7 +41,8 @@ _FIT, _HELD_OUT = 8, 6  # recorded runs that packages are fitted and judged on
 @dataclass(frozen=True)
 class CoreMLPass:
     """`unet`: the stage of the float U-Net's graph, for the names of its layers; `run`: what the torch run depends on;
-    `vae`: the one whose decoder ships; `style`: how packages are written where it is the user's choice."""
+    `vae`: the one whose decoder ships; `style`: how packages are written where it is the user's choice; `predicting`:
+    what is asked of predicted steps."""
 
     calibrated: CalibratedRuns
     vae: Any
@@ -47,18 +51,27 @@ class CoreMLPass:
     unet: Path
     run: Mapping[str, Any]
     style: PackageStyle
+    predicting: PredictionPass
 
     def add(self, refined: Refined, samples: Mapping[str, list[Sample]]) -> Refined:
         """`refined` with packages. Raises ConversionError, DeploymentTargetError, ParityError."""
         plain = dataclasses.replace(refined.plan, tables=self.calibrated.plan.tables)
         stage, packages = self._packages(plain, samples)
-        plan, compensation = self._compensated(plain, stage, packages)
+        plan, quality = self._fitted(plain, refined.graphs["unet"], stage, packages)
         if plan.tables != plain.tables:
-            stage, packages = self._packages(plan, samples)
-        quality = {**refined.quality, "compensation": compensation, "coreml_parity_by": parity_method()}
-        return dataclasses.replace(
-            refined, plan=plan, step_plan=plain, packages=stage, coreml=packages, quality=quality
+            stage, packages = self._packages(plan, self._with_ladders(plan, refined.graphs["unet"], samples))
+        quality = {**refined.quality, **quality, "coreml_parity_by": parity_method()}
+        uncorrected = dataclasses.replace(
+            plan.tables, compensation_gain=None, compensation_offset=None, compensation_mixing=None
         )
+        spare = dataclasses.replace(plan, tables=uncorrected)
+        return dataclasses.replace(
+            refined, plan=plan, step_plan=spare, packages=stage, coreml=packages, quality=quality
+        )
+
+    def _with_ladders(self, plan: Plan, unet: Path, samples: Mapping[str, list[Sample]]) -> Mapping[str, list[Sample]]:
+        plain = plain_row(plan, unet / "model.onnx", self.calibrated.latent)
+        return {**samples, "step_full": with_ladders(samples["step_full"], plain)} if plain else samples
 
     def _packages(self, plan: Plan, samples: Mapping[str, list[Sample]]) -> tuple[Path, tuple[CoreMLPackage, ...]]:
         pipeline, profile = self.calibrated.source.pipeline, self.calibrated.profile
@@ -100,11 +113,14 @@ class CoreMLPass:
         stage = self.stages.made("coreml", "converting to Core ML", inputs, write)
         return stage, tuple(parse_record(CoreMLPackage, each) for each in read_json(stage, _PACKAGES)["packages"])
 
-    def _compensated(
-        self, plan: Plan, stage: Path, packages: tuple[CoreMLPackage, ...]
-    ) -> tuple[Plan, Mapping[str, Any]]:
-        if not self.calibrated.correctable:
-            return plan, self.calibrated.not_fitted()
+    def _fitted(
+        self, plan: Plan, unet: Path, stage: Path, packages: tuple[CoreMLPackage, ...]
+    ) -> tuple[Plan, dict[str, Any]]:
+        """Compensation and predicted steps, both through the packages; reports by name."""
+        quality: dict[str, Any] = {"compensation": self.calibrated.not_fitted()}
+        predicts = self.predicting.ask is not None
+        if not (self.calibrated.correctable or predicts):
+            return plan, quality
         step = [each for each in packages if each.role == "step_full"]
         denoiser = PackageDenoiser(stage, step, plan, *self.calibrated.shapes, apple_layout=self.style.apple_layout)
         run = next(iter(self.calibrated.runs(held_out=False)))
@@ -113,5 +129,14 @@ class CoreMLPass:
         denoiser(run.latents[0], run.split, run.prompt_embeds)
         seconds = time.perf_counter() - started
         if seconds > _SLOWEST_S:
-            return plan, {"verdict": f"not fitted: a noise prediction by the packages takes {seconds:.1f} s here"}
-        return self.calibrated.fitted(plan, denoiser, {"packages": stage_digest(stage)}, _FIT, _HELD_OUT)
+            slow = {"verdict": f"not fitted: a noise prediction by the packages takes {seconds:.1f} s here"}
+            return plan, {"compensation": slow, **({"prediction": slow} if predicts else {})}
+        network = {"packages": stage_digest(stage)}
+        if self.calibrated.correctable:
+            plan, quality["compensation"] = self.calibrated.fitted(plan, denoiser, network, _FIT, _HELD_OUT)
+        if predicts:
+            network = {**network, "graph": stage_digest(unet), "plan": plan_digest(plan)}
+            plan, quality["prediction"] = self.predicting.planned(
+                plan, unet, network, lambda: WholeOutput(denoiser), _FIT, _HELD_OUT
+            )
+        return plan, quality

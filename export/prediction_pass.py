@@ -8,12 +8,13 @@ on the machine that builds; what is decided is compress/prediction_gate.py's.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from latentrelay.compress.plan import Plan, SplitMask
+from latentrelay.compress.predicted_chain import StagedDenoiser
 from latentrelay.compress.prediction import Target
 from latentrelay.compress.prediction_gate import StepCosts, plan_prediction
 from latentrelay.device_profiles import DeviceProfile
@@ -27,10 +28,12 @@ from latentrelay.export.staged_onnx import StagedOnnx
 from latentrelay.export.stages import StageStore, read_json, stage_digest
 from latentrelay.export.step_costs import measure_costs
 from latentrelay.runtime.errors import RequestError
+from latentrelay.runtime.manifest import BackendSpec
 from latentrelay.runtime.samplers import sampler_rule
 from latentrelay.runtime.strict_json import record_to_json
 
 _GRAPH, _COSTS = "model.onnx", "costs.json"
+PROBE = "P1"
 TARGETS = ("auto", "whole_output", "deep_feature")
 
 
@@ -53,19 +56,19 @@ class PredictionAsk:
             raise RequestError("unknown target of prediction", got=self.target, expected=" | ".join(TARGETS))
 
     def check(self, plan: Plan, profile: DeviceProfile) -> None:
-        """Raise RequestError for what predicts nothing: few-step samplers, Core ML profiles, splits beyond the run."""
+        """Raise RequestError for few-step samplers, splits beyond the run, and a target that cannot be fitted there."""
         if sampler_rule(plan.recipe.sampler).branches != 2:
             raise RequestError(
                 "a few-step run predicts no steps: there is nothing between its steps",
                 got=f"sampler {plan.recipe.sampler}",
                 do="Leave --speedup out.",
             )
-        if profile.backend.name == "coreml":
+        if profile.backend.name == "coreml" and self.target == "deep_feature":
             raise RequestError(
-                "predicted steps are not fitted on Core ML packages yet",
-                got=profile.name,
-                expected="a profile whose backend is onnxruntime or openvino",
-                do="Leave --speedup out.",
+                "the deep feature cannot be read out of a Core ML package, so nothing is fitted on it",
+                got=f"{profile.name}, deep_feature",
+                expected="auto | whole_output",
+                do="Give --predict whole_output, or leave it out.",
             )
         bad = [split for split in self.splits if not 0 <= split < plan.recipe.num_steps]
         if bad:
@@ -74,61 +77,77 @@ class PredictionAsk:
 
 @dataclass(frozen=True)
 class PredictionPass:
-    """One build's; `ask` None predicts nothing."""
+    """One build's. `ask` None predicts nothing; `scheduler`: the sampler's in diffusers, for adjusted grids."""
 
     calibrated: CalibratedRuns
     ask: PredictionAsk | None
     stages: StageStore
+    scheduler: Any = None
 
     def add(self, refined: Refined) -> Refined:
-        """`refined` with predicted steps in its plan, or as it was where none was asked for or none held up."""
-        if self.ask is None:
+        """`refined` with predicted steps in its plan, or as it was where none was asked for or none held up. A Core ML
+        profile's are fitted on its packages instead (coreml_pass.py)."""
+        if self.ask is None or self.calibrated.profile.backend.name == "coreml":
             return refined
-        plan, report = self._planned(refined.plan, refined.graphs["unet"], self.ask)
+        unet = refined.graphs["unet"]
+        backend = record_to_json(self._spec)
+        network = {"graph": stage_digest(unet), "backend": backend, "plan": plan_digest(refined.plan)}
+        plan, report = self.planned(refined.plan, unet, network, lambda: self.staged(unet))
         return dataclasses.replace(refined, plan=plan, quality={**refined.quality, "prediction": report})
 
-    def staged(self, unet: Path, probe: str | None = "P1") -> StagedOnnx:
+    def staged(self, unet: Path, probe: str | None = PROBE) -> StagedOnnx:
         """The U-Net in its deployed sessions with its cut points. The cut graphs, and the copy of the weights that
         ONNX Runtime wants beside them, lie in the work folder."""
-        calibrated = self.calibrated
         folder = self.stages.folder / f"cut-{stage_digest(unet).removeprefix('sha256:')[:16]}-{probe}"
-        spec = backend_spec(calibrated.profile, calibrated.precision)
-        table = calibrated.plan.recipe.solver_table
-        return StagedOnnx(unet / _GRAPH, folder, table, spec, *calibrated.shapes, probe=probe)
+        table = self.calibrated.plan.recipe.solver_table
+        return StagedOnnx(unet / _GRAPH, folder, table, self._spec, *self.calibrated.shapes, probe=probe)
 
-    def _planned(self, plan: Plan, unet: Path, ask: PredictionAsk) -> tuple[Plan, Mapping[str, Any]]:
-        calibrated = self.calibrated
-        spec = backend_spec(calibrated.profile, calibrated.precision)
-        splits = ask.splits or calibrated.splits
-        network = {"graph": stage_digest(unet), "backend": record_to_json(spec), "plan": plan_digest(plan)}
+    def planned(
+        self,
+        plan: Plan,
+        unet: Path,
+        network: Mapping[str, Any],
+        staged: Callable[[], StagedDenoiser],
+        fit: int | None = None,
+        held_out: int | None = None,
+    ) -> tuple[Plan, Mapping[str, Any]]:
+        """The plan with the predicted steps that `staged` is fitted with, and the report; nothing where none was asked
+        for. `unet`: the stage of the graph that steps are timed on; `network` identifies what `staged` opens; `fit` and
+        `held_out`: the first so many recorded runs, None for all. A network without a probe predicts whole outputs."""
+        ask, calibrated = self.ask, self.calibrated
+        if ask is None:
+            return plan, {}
+        probed = calibrated.profile.backend.name != "coreml"
 
         def timed(folder: Path) -> None:
-            feeds = next(iter(calibrated.runs(held_out=False)))
-            write_json(folder / _COSTS, dataclasses.asdict(measure_costs(self.staged(unet), plan, feeds, spec)))
+            run = next(iter(calibrated.runs(held_out=False)))
+            write_json(folder / _COSTS, dataclasses.asdict(measure_costs(self.staged(unet), plan, run, self._spec)))
 
         stage = self.stages.made("step_costs", "timing computed and predicted steps", network, timed)
         costs = StepCosts(**read_json(stage, _COSTS))
 
         def write(folder: Path) -> None:
-            correction = TableCorrection(
-                {name: table for name, table in plan.tables.arrays().items() if name.startswith("compensation_")}
-            )
+            runs, others = calibrated.runs(held_out=False), calibrated.runs(held_out=True)
+            tables = {name: each for name, each in plan.tables.arrays().items() if name.startswith("compensation_")}
             outcome = plan_prediction(
-                calibrated.runs(held_out=False),
-                calibrated.runs(held_out=True),
-                self.staged(unet),
+                runs.take(fit or len(runs)),
+                others.take(held_out or len(others)),
+                staged(),
                 plan.recipe.solver_table,
-                correction if correction.tables else None,
+                TableCorrection(tables) if tables else None,
                 costs,
-                splits,
+                ask.splits or calibrated.splits,
                 ask.speedup,
                 calibrated.source.pipeline.scheduler.config.prediction_type,
-                targets=None if ask.target == "auto" else (ask.target,),
+                targets=_targets(ask.target, probed),
+                probe=PROBE if probed else None,
+                scheduler=self.scheduler,
                 progress=self.stages.progress,
             )
             save_prediction(folder, outcome)
 
-        inputs = {**network, "ask": dataclasses.asdict(ask), "costs": dataclasses.asdict(costs), **calibrated.key()}
+        inputs = {**network, "ask": dataclasses.asdict(ask), "costs": dataclasses.asdict(costs)}
+        inputs |= calibrated.key(fit, held_out)
         found = load_prediction(self.stages.made("prediction", "planning predicted steps", inputs, write))
         recipe = dataclasses.replace(
             plan.recipe,
@@ -136,5 +155,15 @@ class PredictionPass:
             splits=tuple(SplitMask(each.split, found.masks.get(each.split, each.mask)) for each in plan.recipe.splits),
             corrections=(*plan.recipe.corrections, *found.evidence),
         )
-        tables = dataclasses.replace(plan.tables, **found.tables)
-        return dataclasses.replace(plan, recipe=recipe, tables=tables), found.report
+        both = dataclasses.replace(plan.tables, **found.tables)
+        return dataclasses.replace(plan, recipe=recipe, tables=both), found.report
+
+    @property
+    def _spec(self) -> BackendSpec:
+        return backend_spec(self.calibrated.profile, self.calibrated.precision)
+
+
+def _targets(asked: Target | Literal["auto"], probed: bool) -> tuple[Target, ...] | None:
+    if not probed:
+        return ("whole_output",)
+    return None if asked == "auto" else (asked,)

@@ -142,11 +142,25 @@ def test_what_cannot_be_asked(ask: dict[str, Any], words: str) -> None:
         PredictionAsk(**ask)
 
 
-def test_splits_beyond_the_run_and_core_ml_are_refused(wide: Any, work: Path, tmp_path: Path) -> None:
+def test_splits_beyond_the_run_and_features_inside_packages_are_refused(wide: Any, work: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no such split"):
         build(wide, work, "beyond", prediction=PredictionAsk(2.0, "auto", (STEPS,)))
+    ask = PredictionAsk(2.0, "deep_feature")
     with pytest.raises(RequestError, match="Core ML"):
-        export(
-            wide, "iphone-15-pro", tmp_path / "b", num_steps=4, calibration=CALIBRATION, prediction=PredictionAsk(2.0)
-        )
+        export(wide, "iphone-15-pro", tmp_path / "b", num_steps=4, calibration=CALIBRATION, prediction=ask)
     assert not (tmp_path / "b").exists()
+
+
+def test_an_apple_build_has_both_steps_as_packages(wide: Any, work: Path) -> None:
+    settings: dict[str, Any] = {"precision": "fp16", "num_steps": 6, "calibration": CALIBRATION}
+    ask = PredictionAsk(1.6, "auto", (0,))
+    done = export(wide, "iphone-15-pro", work / "apple", work=work / "work", prediction=ask, **settings)
+    manifest = Bundle.open(done.bundle).manifest
+    packages = {each.role: each for each in manifest.coreml}
+    assert set(packages) == {"text_encoder", "step_full", "step_predicted", "vae_decoder"}
+    assert packages["step_predicted"].parity_db > 40
+    assert manifest.prediction is not None
+    assert manifest.prediction.target == "whole_output"
+    assert "prompt_embeds" not in {port.name for port in packages["step_predicted"].inputs}
+    with Session(Bundle.open(done.bundle)) as session:  # the graphs beside the packages
+        assert session.selftest().ok
