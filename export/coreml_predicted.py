@@ -45,7 +45,7 @@ class _PredictedStep(nn.Module):
         settings = plan.recipe.prediction
         self.deep, self.selects = settings["target"] == "deep_feature", settings["metric"] is not None
         self.probe = str(settings["probe"]) if self.selects else None
-        self.num_steps, self.memory, self.apple_layout = plan.recipe.num_steps, rule.needs_x0_prev, apple_layout
+        self.memory, self.apple_layout = rule.needs_x0_prev, apple_layout
         self.head = gather_tables(StepHead(plan, rule.branches))
 
     def named(self, rest: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -82,11 +82,11 @@ class CoreMLFullStep(_PredictedStep):
             step,
             split_row,
             guidance,
-            given.get("x0_prev"),
             given["feature_ladder"],
-            feature if self.deep else None,
-            given.get("probe_ladder"),
-            probe[0] if probe else None,
+            x0_prev=given.get("x0_prev"),
+            feature=feature if self.deep else None,
+            probe_ladder=given.get("probe_ladder"),
+            probe=probe[0] if probe else None,
         )
         return results
 
@@ -104,23 +104,22 @@ class CoreMLPredictedStep(_PredictedStep):
 
     def forward(self, latents: Tensor, step: Tensor, split_row: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """As `CoreMLFullStep`; prompt_embeds are left out where nothing of the network runs."""
-        at = split_row * self.num_steps + step
         runs = self.deep or self.selects
         guidance, given = rest[int(runs)], self.named(rest[1 + int(runs) :])
         feature_ladder, probe_ladder = given["feature_ladder"], given.get("probe_ladder")
         if not runs:
-            q, *chosen = self.guess(feature_ladder, at)
+            q, *chosen = self.guess(step, split_row, feature_ladder)
         else:
             states = self.states(rest[0])
             hidden, embedding = self.unet.begin(*self.head(latents, step, split_row))
             probe = None
             if self.probe is not None:
                 probe = probe_value(self.unet.unet, self.probe, hidden, embedding, states)
-            q, *chosen = self.guess(feature_ladder, at, probe, probe_ladder)
+            q, *chosen = self.guess(step, split_row, feature_ladder, probe_ladder, probe)
             if self.deep:
                 q = self.unet.finish(hidden, embedding, states, q)
         ladder = feature_ladder if self.reads_ladder else None
-        results = self.tail(q, latents, step, split_row, guidance, given.get("x0_prev"), ladder)
+        results = self.tail(q, latents, step, split_row, guidance, x0_prev=given.get("x0_prev"), feature_ladder=ladder)
         if not chosen:
             return tuple(results)
         choices, probe_error = chosen
