@@ -22,6 +22,7 @@ from latentrelay.runtime.cloud_client import CloudClient
 from latentrelay.runtime.errors import CloudUnavailableError, RequestError, RunCancelledError
 from latentrelay.runtime.handoff import Handoff
 from latentrelay.runtime.handoff_request import HandoffRequest
+from latentrelay.runtime.manifest import Manifest
 from latentrelay.runtime.picture import save_png, to_image
 from latentrelay.runtime.prediction_check import FULL, PREDICTED, STEP_FULL
 from latentrelay.runtime.session import Session, check_guidance
@@ -112,7 +113,8 @@ def generate(
     """Make one picture.
 
     `source` is a session (stays open), a bundle, or a bundle's folder (verified first). `guidance` None is the bundle's
-    default. `split` is the first step that the device runs: None is 0 without a cloud and half the run with one; 0
+    default. `split` is the first step that the device runs: None is 0 without a cloud, and with one half the run or the
+    nearest split from which the bundle predicts steps; 0
     never asks the cloud. A ready `handoff` stands for the cloud; its seed, guidance and split hold. `cancel` is asked
     before every stage and step. `predict` and `fallback_threshold` are `Session.run_steps`'s: whether the bundle's
     predicted steps are predicted, and when one is computed after all. Raises RequestError, BundleError, HandoffError,
@@ -160,6 +162,13 @@ def generate(
     )
 
 
+def _default_split(manifest: Manifest) -> int:
+    """Half the run; of a bundle that predicts steps from some splits on, the one of them that is nearest to it."""
+    half = manifest.schedule.num_steps // 2
+    masks = manifest.prediction.masks if manifest.prediction is not None else ()
+    return min((mask.split for mask in masks if mask.split > 0), key=lambda split: abs(split - half), default=half)
+
+
 @dataclass(frozen=True, eq=False)
 class _Start:
     """Where the device begins: its first step, the arrays there, and how they came."""
@@ -204,7 +213,7 @@ class _Run:
             if cloud is not None:
                 raise RequestError("both a cloud and a handoff were given", do="Give one of them.")
             return self._from_handoff(handoff, guidance=self.guidance, split=split)
-        first = split if split is not None else (steps // 2 if cloud is not None else 0)
+        first = split if split is not None else (_default_split(self.session.manifest) if cloud is not None else 0)
         if not 0 <= first <= steps:
             raise RequestError("split is out of range", got=first, expected=f"0 .. {steps}")
         if first == 0:

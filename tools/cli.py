@@ -382,6 +382,9 @@ def generate(
     wire_dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     fallback: Annotated[bool, typer.Option(help="Run all steps here if the cloud is out of reach.")] = True,
     backend: Backend = None,
+    no_predict: Annotated[
+        bool, typer.Option("--no-predict", help="Compute every step, also where the bundle predicts some.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make a picture with a bundle, alone or with a cloud. Needs the base install only."""
@@ -401,6 +404,7 @@ def generate(
         fallback=fallback,
         as_json=as_json,
         backend=backend,
+        predict=not no_predict,
     )
 
 
@@ -507,6 +511,10 @@ def evaluate(
     accelerate: Annotated[
         str | None, typer.Option(help="Ways to run fewer steps side by side, instead: all, or families with commas.")
     ] = None,
+    prediction_profile: Annotated[
+        list[Path] | None,
+        typer.Option(help="What can be predicted of a device's steps, instead: bundles, the float one first; repeat."),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option("--device", "-d", help="For --precision, --accelerate: a profile; this machine's if not given."),
@@ -518,10 +526,30 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a model's pictures of held-out Scenes captions with the judge; with --sweep, of its hybrid runs."""
-    if sweep + vae + few_step + (accelerate is not None or precision is not None) > 1:
+    beside = accelerate is not None or precision is not None
+    if sweep + vae + few_step + beside + bool(prediction_profile) > 1:
         raise typer.BadParameter(
-            "--sweep, --vae, --few-step, --precision and --accelerate are evaluations of their own; ask for one"
+            "--sweep, --vae, --few-step, --precision, --accelerate and --prediction-profile are evaluations of their "
+            "own; ask for one"
         )
+    if prediction_profile:
+        from latentrelay.tools import prediction_profile as profiling
+
+        unused = {
+            "--lora": lora, "--decoder": decoder, "--sheet": sheet, "--held-out": held_out, "--guidance": guidance,
+            "--student": student, "--device": device,
+        }  # fmt: skip
+        _refuse(unused, "--prediction-profile")
+        profiling.run(
+            prediction_profile,
+            captions,
+            seed,
+            split=_whole(splits, "--splits", 8),
+            threads=None,
+            output=output or Path("runs/prediction_profile"),
+            as_json=as_json,
+        )
+        return
     if few_step:
         from latentrelay.tools import evaluate_few_step
 

@@ -29,8 +29,10 @@ def run(
     fallback: bool,
     as_json: bool,
     backend: str | None = None,
+    predict: bool = True,
 ) -> None:
-    """Verify the bundle, make the picture, write it, print what happened. `backend` stands for the bundle's own."""
+    """Verify the bundle, make the picture, write it, print what happened. `backend` stands for the bundle's own;
+    `predict` False computes every step of a bundle that predicts some."""
     if wire_dtype not in WIRE_DTYPES:
         raise RequestError("unknown wire dtype", got=wire_dtype, expected=" or ".join(WIRE_DTYPES))
     if not output.absolute().parent.is_dir():
@@ -63,6 +65,7 @@ def run(
             on_step=stepped,
             fallback=fallback,
             wire_dtype=wire_dtype,
+            predict=predict,
         )
         ran = {name: list(each) for name, each in session.providers_by_component.items()}
     result.save_png(output)
@@ -70,6 +73,7 @@ def run(
         "image": str(output),
         "path_taken": result.path_taken,
         "steps": dict(result.steps),
+        "step_kinds": dict(result.kinds),
         "handoff_bytes": result.handoff_bytes,
         "ms": {name: round(value, 2) for name, value in result.ms.items()},
         "providers": list(result.providers),
@@ -83,6 +87,8 @@ def run(
     def show(console: Any) -> None:
         console.print(table(["stage", "ms"], [[name, f"{value:.0f}"] for name, value in result.ms.items()]))
         where = f"{result.steps['cloud']} steps in the cloud, {result.steps['device']} here"
+        if result.predicted_steps:
+            where += f" ({result.computed_steps} computed, {result.predicted_steps} predicted)"
         console.print(
             f"[bold]{printable(output)}[/]: {result.path_taken}, {where}, {result.handoff_bytes} bytes handed over"
         )
