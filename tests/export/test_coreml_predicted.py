@@ -1,5 +1,6 @@
 """Predicted steps as Core ML packages of a tiny U-Net, run by the interpreter against the chain in NumPy."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,20 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 from latentrelay.compress.ladders import LadderSpec, ladder_rows
 from latentrelay.compress.plan import Plan, PlanSource, SplitMask, Tables, full_plan
+from latentrelay.compress.precision import LayerRule
 from latentrelay.compress.solver_tables import solver_table
-from latentrelay.export.coreml_bundle import feeds_of
+from latentrelay.device_profiles import load_profile
+from latentrelay.export.coreml_bundle import CoreMLParts, feeds_of, write_coreml
 from latentrelay.export.coreml_convert import check_operators, convert, load_program, save_package
 from latentrelay.export.coreml_predicted import predicted_samples, step_modules
 from latentrelay.export.mil_interpreter import MilProgram
-from latentrelay.export.parity import Sample, snr_db
+from latentrelay.export.parity import Sample, collect_samples, snr_db
+from latentrelay.export.reference_run import record_run
+from latentrelay.runtime.coreml_backend import CoreMLBackend
+from latentrelay.runtime.manifest import BackendSpec, Component, Port
 from latentrelay.runtime.samplers import sampler_rule
 
+RULE = sampler_rule("dpmsolver++")
 STEPS, SPLIT, MASK = 8, 2, ("full", "full", "predicted", "predicted", "full", "predicted")
 
 
@@ -36,7 +43,7 @@ def unet() -> UNet2DConditionModel:
 
 def plan(target: str, orders: tuple[int, ...], metric: str | None, *, tables: bool = True) -> Plan:
     """Two rows of tables, the second one for SPLIT; with `tables` a rectifier and a compensation of random numbers."""
-    rule = sampler_rule("dpmsolver++")
+    rule = RULE
     scheduler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear", steps_offset=1, **dict(rule.overrides))
     table = solver_table(scheduler, STEPS)
     source = PlanSource("tiny", "sha256:0", "sd1")
@@ -66,8 +73,6 @@ def plan(target: str, orders: tuple[int, ...], metric: str | None, *, tables: bo
         rectifier_mixing=mixing if tables else None,
     )
     splits = tuple(SplitMask(k, MASK if k == SPLIT else ("full",) * (STEPS - k)) for k in range(STEPS + 1))  # type: ignore[arg-type]
-    from dataclasses import replace
-
     return Plan(replace(plain.recipe, prediction=recipe, splits=splits), kept)
 
 
@@ -146,10 +151,58 @@ def test_float16_networks_keep_ladders_and_tails_in_float32(tmp_path: Path) -> N
                 assert snr_db(expected, got[name]) > 35, (role, name)
 
 
+def test_a_bundle_holds_packages_of_both_steps_that_the_backend_runs(tiny: Any, tmp_path: Path) -> None:
+    pipeline, made, rule = tiny.make_pipeline(tmp_path / "source"), plan("deep_feature", (0, 1), "l2"), RULE
+    scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **dict(rule.overrides))
+    run = record_run(pipeline, scheduler, STEPS, 16, 16, 7.5, rule)
+    plain = replace(made.recipe, prediction={}, splits=tuple(SplitMask(k, ("full",) * (STEPS - k)) for k in (0, SPLIT)))
+    samples = collect_samples(pipeline, Plan(plain, Tables(np.ones(STEPS))), run, rule)
+    parts = CoreMLParts(pipeline.unet, pipeline.text_encoder, pipeline.vae)
+    names = ("conv_in", "mid_block.resnets.0.conv1", "up_blocks.1.resnets.1.conv1")
+    rules = {name: LayerRule(weights="int8", activations="int8") for name in names}
+    (tmp_path / "bundle").mkdir()
+    entries = write_coreml(
+        tmp_path / "bundle", parts, made, load_profile("iphone-15-pro"), "w8a8", samples, rules=rules
+    )
+    roles = {each.role: each for each in entries}
+    assert list(roles) == ["text_encoder", "step_full", "step_predicted", "vae_decoder"]
+    assert roles["step_predicted"].path == "coreml/Stable_Diffusion_version_tiny_unet_predicted.mlpackage"
+    assert roles["step_predicted"].bytes < roles["step_full"].bytes
+    assert {port.role for port in roles["step_full"].outputs} == {
+        "latents",
+        "x0_prev",
+        "feature_ladder",
+        "probe_ladder",
+    }
+
+    case = predicted_samples(pipeline.unet, made, samples["step_full"][0].inputs)["step_predicted"][0]
+    sides = [
+        tuple(Port(name, name.removeprefix("next_"), str(array.dtype), array.shape) for name, array in side.items())
+        for side in (case.inputs, case.outputs)
+    ]
+    backend = CoreMLBackend(
+        BackendSpec("coreml", ()), entries, tmp_path / "bundle", lambda path, units: Interpreted(MilProgram(path))
+    )
+    assert "step_predicted" in backend.roles
+    got = backend.load(Path("unused"), Component("step_predicted", "unet/step_predicted.onnx", *sides)).run(case.inputs)
+    assert got["choices"].dtype == np.int64
+    assert got["choices"].sum() == 2 * 8 * 8
+    assert got["probe_error"].shape == ()
+    assert snr_db(case.outputs["next_latents"], got["next_latents"]) > 20
+
+
+class Interpreted:
+    """A program with coremltools' own method."""
+
+    def __init__(self, program: MilProgram) -> None:
+        self.program = program
+
+    def predict(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        return self.program(feeds)
+
+
 def test_a_plan_without_prediction_has_the_step_that_it_had() -> None:
     made = plan("whole_output", (1,), None)
-    from dataclasses import replace
-
     full = tuple(SplitMask(each.split, ("full",) * len(each.mask)) for each in made.recipe.splits)
     plain = Plan(replace(made.recipe, prediction={}, splits=full), Tables(np.ones(STEPS)))
     samples = {"step_full": [Sample({**start(), "step": np.array(2)}, {})]}
