@@ -98,7 +98,7 @@ def _outcome(
     say: Progress,
 ) -> PredictionOutcome:
     report: dict[str, Any] = {"speedup": bench.speedup, "decided_at_split": at, "costs_ms": vars(bench.costs).copy()}
-    ranked = sorted(searches, key=lambda search: -_mean(bench.score(search.best, at)))
+    ranked = _ranked(bench, searches, at)
     rows = [row for search in searches for row in search.rows]
     report |= {"held_out_runs": len(bench.held_out(at)), "candidates": rows, "splits": {}}
     if not ranked:
@@ -121,6 +121,16 @@ def _outcome(
     report |= {"chosen": best.name(probe), "why": why}
     evidence = tuple(each for search in ranked for each in _evidence(search, best))
     return PredictionOutcome(predictions, best, probe, bench.table, evidence, report, why)
+
+
+def _ranked(bench: Bench, searches: Sequence[Search], at: int) -> list[Search]:
+    """The better target first; the whole output, which keeps no feature and runs no layer, also where it is level."""
+    ranked = sorted(searches, key=lambda search: -_mean(bench.score(search.best, at)))
+    if len(ranked) > 1 and ranked[0].best.target != "whole_output":
+        ahead, whole = bench.score(ranked[0].best, at), bench.score(ranked[1].best, at)
+        if ahead is not None and whole is not None and not ahead.over(whole)[1] > 0.0:
+            ranked.reverse()
+    return ranked
 
 
 def _for_split(bench: Bench, best: Candidate, split: int, say: Progress) -> tuple[Prediction | None, dict[str, Any]]:

@@ -159,7 +159,7 @@ class BundleJob:
     def _calibrated(self) -> CalibratedRuns:
         return CalibratedRuns(
             self.source, self.cloud, self.plan, self.profile, self._latent, self.guidance,
-            self.precision, self.calibration, self.stages,
+            self.precision, self.calibration, self.stages, self.prediction.splits if self.prediction else (),
         )  # fmt: skip
 
     @cached_property

@@ -35,7 +35,8 @@ _METRIC = "held-out error of the final latents over their peak, 10^(-PSNR/20)"
 
 @dataclass(frozen=True)
 class CalibratedRuns:
-    """Fields as in `BundleJob`; `latent`: channels, rows, columns."""
+    """Fields as in `BundleJob`; `latent`: channels, rows, columns; `wanted_splits`: where runs leave the cloud beside
+    those that start on the device, in the place of the profile's default split."""
 
     source: SourceModel
     cloud: Any
@@ -46,6 +47,7 @@ class CalibratedRuns:
     precision: str
     calibration: Calibration
     stages: StageStore
+    wanted_splits: tuple[int, ...] = ()
 
     @property
     def correctable(self) -> bool:
@@ -79,7 +81,9 @@ class CalibratedRuns:
 
     @cached_property
     def splits(self) -> tuple[int, ...]:
-        """Where recorded runs leave the cloud: at the first step, and at the profile's default split."""
+        """Where recorded runs leave the cloud: at the first step, and where it was asked or at the profile's split."""
+        if self.wanted_splits:
+            return (0, *sorted(set(self.wanted_splits) - {0}))
         num_steps, default = self.plan.recipe.num_steps, self.profile.defaults
         split = round(num_steps * default.split / default.num_steps)
         return (0, split) if 0 < split < num_steps else (0,)

@@ -42,6 +42,8 @@ def write_selftest(
             case = Sample(case.inputs, dict(zip(names, outputs, strict=True)))
         for side, arrays in (("in", case.inputs), ("out", case.outputs)):
             for name, array in arrays.items():
+                if component == "step_full" and name.endswith("_ladder"):
+                    continue  # tens of megabytes of zeros at a real size; whoever runs the test makes them
                 tensors[f"{component}.{side}.{name}"] = np.array(array, order="C")
     (folder / SELFTEST_PATH).write_bytes(save(dict(sorted(tensors.items()))))
     tolerances = dict.fromkeys(sessions, QUANTISED_TOLERANCE_DB)
