@@ -37,14 +37,16 @@ _MAX_RUN = None  # a budget decides how long runs of predicted steps are
 @dataclass(frozen=True)
 class OurSettings:
     """One of ours. `computed` steps by a `policy` of masks ("uniform", or "dp": the dynamic programme over the error
-    matrix); Taylor `orders` over `abscissa`, more than one order is chosen from per token; `rectifier` rows at
-    predicted steps or all; `grid`: an adjusted one, and the timesteps that it tells."""
+    matrix); Taylor `orders` over `abscissa` and up to `horizon` steps back: where that is more than one row, each token
+    chooses by the probe's L2; `rectifier` rows at predicted steps or all; `grid`: an adjusted one, and the timesteps
+    that it tells."""
 
     target: Target
     computed: int
     policy: Literal["uniform", "dp"] = "uniform"
     orders: tuple[int, ...] = (1,)
     abscissa: Literal["step", "logsnr"] = "step"
+    horizon: int = 0
     rectifier: Literal["predicted", "all"] | None = None
     grid: Literal["nominal", "actual"] | None = None
 
@@ -115,7 +117,7 @@ class Workshop:
 
     def _prediction(self, asked: OurSettings) -> Prediction:
         lab, mask = self.lab, self.mask(asked)
-        spec = LadderSpec(asked.orders, asked.abscissa)
+        spec = LadderSpec(asked.orders, asked.abscissa, horizon=asked.horizon)
         axis = spec.axis(lab.table, self.scheduler.config.prediction_type)
         update, candidates = ladder_rows(mask, lab.split, lab.num_steps, spec, axis)
         metric: Literal["l2"] | None = "l2" if candidates.shape[1] > 1 else None

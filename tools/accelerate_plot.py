@@ -10,10 +10,12 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 _MARKERS = "osv^D<>pXP*hd"
+_COLOURS = matplotlib.colormaps["tab20"]
 _PANELS = (
     ("psnr_db", 1.0, "PSNR of the final latents to the uncached run, dB"),
     ("attribute_accuracy", 100.0, "attribute accuracy, %"),
@@ -79,7 +81,7 @@ def _frontier(
         shown = [row for row in rows if row["time_share"] <= _MOST_SHARE]
         x, y = [100 * row["time_share"] for row in shown], [scale * row[name] for row in shown]
         ours = bool(rows[0]["ours"])
-        colour, marker = f"C{i % 10}", _MARKERS[i % len(_MARKERS)]
+        colour, marker = _COLOURS(i % 20), _MARKERS[i % len(_MARKERS)]
         axis.scatter(x, y, color=colour, marker=marker, s=26 if ours else 15, alpha=1.0 if ours else 0.8)
         best = _upper(list(zip(x, y, strict=True)), lower=name == "frechet_distance")
         style = "-" if ours else "--"
@@ -114,5 +116,4 @@ def _ablation(axis: Any, entries: Sequence[Mapping[str, Any]]) -> None:
     axis.set_yticks(range(len(labels)), labels, fontsize=6.5)
     axis.axvline(0, color="0.4", linewidth=0.8)
     axis.set_title("gain of each part, dB (green: kept, red: dropped)", fontsize=10)
-    axis.set_xscale("symlog", linthresh=1.0)
     axis.grid(axis="x", alpha=0.25)

@@ -74,7 +74,7 @@ class Bench:
         for share in SHARES:
             whole, deep = self.whole(share), self.deep(share)
             rectified = replace(whole, rectifier="all")
-            both = replace(deep, orders=(0, 1))
+            tokens = replace(deep, **_TOKENS)
             compared: list[tuple[str, Method, Method]] = [
                 ("policy: dynamic programme over uniform", make(replace(rectified, policy="dp")), make(rectified)),
                 ("adjusted grid, nominal timesteps", make(replace(whole, grid="nominal")), make(whole)),
@@ -91,16 +91,17 @@ class Bench:
             if deep.computed > _FEWEST:  # with two computed steps, the last among them, there is no order 1
                 compared += [
                     ("order 1 over order 0, deep feature", make(deep), make(replace(deep, orders=(0,)))),
-                    ("per-token choice over order 1", make(both), make(deep)),
-                    ("per-token choice over order 0", make(both), make(replace(deep, orders=(0,)))),
-                    ("per-token choice over chance", make(both), self.random(share)),
+                    ("per-token choice of orders 0-1 over order 1", make(replace(deep, orders=(0, 1))), make(deep)),
+                    ("per-token choice over order 1", make(tokens), make(deep)),
+                    ("per-token choice over order 0", make(tokens), make(replace(deep, orders=(0,)))),
+                    ("per-token choice over chance", make(tokens), self.random(share)),
                 ]
             found += [Pair(part, share, *two) for part, *two in compared]
         return found
 
     def random(self, share: float) -> Method:
         """The per-token rows, chosen by chance."""
-        settings = replace(self.deep(share), orders=(0, 1))
+        settings = replace(self.deep(share), **_TOKENS)
         chosen = self.workshop.method(settings)
         return rivals.random_choice(self.workshop.lab, chosen.prediction, settings.to_json())
 
@@ -150,7 +151,8 @@ _OURS: tuple[dict[str, Any], ...] = (
     {"rectifier": "all", "policy": "dp"},
 )
 _GRIDS: tuple[dict[str, Any], ...] = ({"grid": "nominal"}, {"grid": "actual"})
-_CHOICES: tuple[dict[str, Any], ...] = ({"orders": (0, 1)}, {"orders": (0, 1), "rectifier": "all"})
+_TOKENS: dict[str, Any] = {"orders": (0, 1, 2), "horizon": 4}  # every row that a token may choose
+_CHOICES: tuple[dict[str, Any], ...] = ({"orders": (0, 1)}, _TOKENS, {**_TOKENS, "rectifier": "all"})
 _FAMILIES: Mapping[str, Callable[[Bench], Sequence[Method]]] = {
     "ours": Bench.ours,
     "fewer-steps": _fewer,

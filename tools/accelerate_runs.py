@@ -23,7 +23,7 @@ from latentrelay.tools.precision_runs import Experiment, latent_psnr_db
 from latentrelay.tools.sweep_device import Captions, Scorer
 from numpy.typing import NDArray
 
-_DEFAULTS = {"policy": "uniform", "abscissa": "step"}
+_DEFAULTS = {"policy": "uniform", "abscissa": "step", "horizon": 0}
 _PLAIN = ("policy", "target")
 Kinds = tuple[tuple[str, ...], ...]  # a run's steps, a run a caption
 Doubles = NDArray[np.float64]
