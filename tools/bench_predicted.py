@@ -78,7 +78,7 @@ def run(
     as_json: bool,
 ) -> int:
     """Measure and print; 0. One thread unless `threads` says otherwise. Raises RequestError and what exporting does."""
-    if geometry is not None and model is not None:
+    if (geometry is not None and model is not None) or (student is not None and model is None):
         raise RequestError("give one of --geometry and --model", expected="one; --student goes with --model")
     if rounds < MIN_ROUNDS:
         raise RequestError("too few rounds for a median", got=rounds, expected=f"{MIN_ROUNDS} or more")

@@ -131,6 +131,10 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert bench_predicted.ratio({"full": full, "mine": full}, "mine") == 1.0
 
 
-def test_too_few_rounds_are_refused() -> None:
+def test_misuse_is_refused() -> None:
     with pytest.raises(RequestError, match="too few rounds"):
         bench_predicted.run(geometry="tiny", threads=1, rounds=3, work=None, output=None, as_json=True)
+    with pytest.raises(RequestError, match="--student goes with --model"):
+        bench_predicted.run(
+            geometry=None, student=Path("student"), threads=1, rounds=5, work=None, output=None, as_json=True
+        )
