@@ -14,7 +14,7 @@ from latentrelay.compress.ladders import LadderSpec
 from latentrelay.compress.plan import Plan, PlanSource, SplitMask, full_plan
 from latentrelay.compress.predicted_chain import Prediction, predicted_chain
 from latentrelay.compress.prediction_candidates import Bench, Candidate, StepCosts, uniform
-from latentrelay.compress.prediction_gate import PredictionOutcome, plan_prediction
+from latentrelay.compress.prediction_gate import PredictionOutcome, _ranked, plan_prediction
 from latentrelay.compress.prediction_masks import mask_policies
 from latentrelay.compress.prediction_search import Search
 from latentrelay.compress.run_segments import segments
@@ -159,6 +159,18 @@ def test_a_random_choice_is_a_control_and_never_ships(staged: Any, staged_table:
     search.try_part("choice per token", lambda best: [random])
     assert search.best == Candidate("deep_feature")
     assert search.rows[0]["psnr_db"] == 60.5
+
+
+def test_of_level_targets_the_whole_output_ships(staged: Any, staged_table: Any, staged_runs: Any) -> None:
+    runs = staged_runs("held", 4)
+    bench = _bench(staged, staged_table(), runs, runs)
+    whole, deep = (
+        Search(bench, SPLIT, None, Candidate(target), lambda words: None) for target in ("whole_output", "deep_feature")
+    )
+    bench._scores[whole.best, SPLIT] = Score(np.array([40.0, 40, 40, 40]))
+    for gains, first in (([-1.0, 3, -1, 3], whole), ([1.0, 1.2, 1, 1.2], deep), ([-2.0, -2, -2, -2], whole)):
+        bench._scores[deep.best, SPLIT] = Score(40.0 + np.array(gains))
+        assert _ranked(bench, [whole, deep], SPLIT)[0] is first
 
 
 def test_no_room_predicts_nothing_and_says_so(staged: Any, staged_table: Any, staged_runs: Any) -> None:
