@@ -60,7 +60,7 @@ class Bench:
             for base in (self.whole(share), self.deep(share)):
                 for changes in _OURS:
                     asked[replace(base, **changes)] = None
-            asked |= dict.fromkeys(replace(self.whole(share), **changes) for changes in _GRIDS)
+            asked |= dict.fromkeys(replace(self.whole(share), **changes) for changes in _WHOLE_OUTPUT)
             if self.deep(share).computed > _FEWEST:
                 asked |= dict.fromkeys(replace(self.deep(share), **changes) for changes in _CHOICES)
         spread = sorted({settings.computed for settings in asked if settings.target == "whole_output"})
@@ -77,6 +77,7 @@ class Bench:
             tokens = replace(deep, **_TOKENS)
             compared: list[tuple[str, Method, Method]] = [
                 ("policy: dynamic programme over uniform", make(replace(rectified, policy="dp")), make(rectified)),
+                ("log-SNR over the step index", make(replace(rectified, abscissa="logsnr")), make(rectified)),
                 ("adjusted grid, nominal timesteps", make(replace(whole, grid="nominal")), make(whole)),
                 ("adjusted grid, actual timesteps", make(replace(whole, grid="actual")), make(whole)),
                 ("rectifier, predicted steps", make(replace(whole, rectifier="predicted")), make(whole)),
@@ -150,7 +151,11 @@ _OURS: tuple[dict[str, Any], ...] = (
     {"rectifier": "all"},
     {"rectifier": "all", "policy": "dp"},
 )
-_GRIDS: tuple[dict[str, Any], ...] = ({"grid": "nominal"}, {"grid": "actual"})
+_WHOLE_OUTPUT: tuple[dict[str, Any], ...] = (
+    {"grid": "nominal"},
+    {"grid": "actual"},
+    {"abscissa": "logsnr", "rectifier": "all"},
+)
 _TOKENS: dict[str, Any] = {"orders": (0, 1, 2), "horizon": 4}  # every row that a token may choose
 _CHOICES: tuple[dict[str, Any], ...] = ({"orders": (0, 1)}, _TOKENS, {**_TOKENS, "rectifier": "all"})
 _FAMILIES: Mapping[str, Callable[[Bench], Sequence[Method]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from latentrelay.tools.accelerate_calibration import (
 from latentrelay.tools.accelerate_grids import evenly, kept_steps, natural_steps
 from latentrelay.tools.accelerate_methods import Lab, Predicted, computed_steps, device_ms, plain
 from latentrelay.tools.accelerate_networks import BRANCH, Networks
+from latentrelay.tools.accelerate_rivals import _Interval
 
 SPLIT, GUIDANCE = 2, 4.0
 
@@ -90,6 +92,34 @@ def test_an_interval_of_one_computes_everything(lab: Lab, start: Start) -> None:
     expected = plain(lab).run(start).latents
     for method in (rivals.deep_cache(lab, 1), rivals.fora(lab, 1), rivals.taylor_seer(lab, "whole_output", 1, 2)):
         np.testing.assert_allclose(method.run(start).latents, expected, rtol=1e-5, atol=1e-5)
+
+
+@dataclass
+class Ramp:
+    """A step of a network whose output is a polynomial of the position; it counts its calls."""
+
+    position: int
+    power: int
+    count: int = 9
+    calls: int = 0
+
+    def call(self, kind: str, values: object = None) -> dict[str, np.ndarray]:
+        self.calls += 1
+        return {"noise_pred": np.full((2, 1, 1, 1), float(self.position**self.power), np.float32)}
+
+
+def test_taylor_seer_extrapolates_over_the_gap() -> None:
+    def errors(order: int, power: int) -> list[float]:
+        rule = _Interval("whole_output", ("noise_pred",), 3, order, 3)
+        steps = [Ramp(position, power) for position in range(9)]
+        found = [float(rule(step)[0, 0, 0, 0]) - step.position**power for step in steps]  # type: ignore[arg-type]
+        assert [step.calls for step in steps] == [1, 1, 1, 0, 0, 1, 0, 0, 1]
+        return found
+
+    assert errors(1, 1) == [0.0] * 9
+    assert errors(0, 1) == [0, 0, 0, -1, -2, 0, -1, -2, 0]
+    # From 0, 1, 4 by the published rule: 4 + 3 u + u^2 2 / 2 at u = 1, 2, against 9, 16.
+    assert errors(2, 2)[3:5] == [4 + 3 + 1 - 9, 4 + 6 + 4 - 16]
 
 
 def test_a_threshold_of_zero_computes_everything(lab: Lab, start: Start) -> None:
