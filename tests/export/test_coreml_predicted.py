@@ -140,6 +140,22 @@ def test_what_was_never_written_is_not_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(row_zero["next_feature_ladder"], 0.0)
 
 
+@pytest.mark.parametrize("apple_layout", [False, True])
+def test_the_modules_are_the_chain_before_they_are_converted(apple_layout: bool) -> None:
+    network, made = unet(), plan("deep_feature", (0, 1), "l2")
+    samples = predicted_samples(network, made, start())
+    for role, (module, inputs, outputs) in step_modules(network, made, samples, apple_layout=apple_layout).items():
+        shapes = {each.name: each.shape for each in inputs}
+        assert shapes["prompt_embeds"] == ((2, 24, 1, 7) if apple_layout else (2, 7, 24))
+        for each in samples[role]:
+            feeds = feeds_of(inputs, each)
+            with torch.no_grad():
+                got = module(*(torch.from_numpy(feeds[name]) for name in shapes))
+            for name, array in zip(outputs, got, strict=True):
+                expected = np.asarray(each.outputs[name])
+                assert snr_db(expected, array.numpy().reshape(expected.shape)) > 100, (role, name)
+
+
 def test_float16_networks_keep_ladders_and_tails_in_float32(tmp_path: Path) -> None:
     network, made = unet(), plan("deep_feature", (1,), None)
     samples = predicted_samples(network, made, start())
