@@ -132,7 +132,7 @@ class Predicted:
     def calls(self) -> tuple[str, str]:
         """What a computed and what a predicted step call."""
         if self.prediction.target == "whole_output":
-            return "full", NOTHING
+            return ("full_deep", "probe") if self.prediction.selects else ("full", NOTHING)
         return "full_deep", "shallow_probe" if self.prediction.selects else "shallow"
 
     def key(self) -> Mapping[str, Any]:

@@ -51,7 +51,8 @@ def shipped(shelf: Shelf, lab: Lab, precision: str, shares: Sequence[float]) -> 
 
 
 def end_to_end(bundles: Mapping[str, Path], start: Start, guidance: float, threads: int) -> dict[str, dict[str, float]]:
-    """`median_ms` and `spread_ms` of the steps from `start` on, by bundle, in an order that moves on."""
+    """`median_ms` and `spread_ms` of the steps from `start` on, by bundle, in an order that moves on; `speedup`: the
+    median over rounds of the first bundle's time over the bundle's own."""
     laps: dict[str, list[float]] = {name: [] for name in bundles}
     names = list(bundles)
     with ExitStack() as stack:
@@ -68,7 +69,12 @@ def end_to_end(bundles: Mapping[str, Path], start: Start, guidance: float, threa
                     pass
                 if turn >= 0:
                     laps[name].append((time.perf_counter() - begun) * 1e3)
+    first = laps[names[0]]
     return {
-        name: {"median_ms": round(statistics.median(each), 3), "spread_ms": round(max(each) - min(each), 3)}
+        name: {
+            "median_ms": round(statistics.median(each), 3),
+            "spread_ms": round(max(each) - min(each), 3),
+            "speedup": round(statistics.median(one / own for one, own in zip(first, each, strict=True)), 3),
+        }
         for name, each in laps.items()
     }

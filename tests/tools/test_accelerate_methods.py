@@ -88,6 +88,19 @@ def test_order_0_is_deep_cache_bit_for_bit(lab: Lab, start: Start) -> None:
     assert ours.kinds == theirs.kinds == ("full_deep", *("shallow",) * (count - 2), "full_deep")
 
 
+def test_what_a_method_calls(lab: Lab, start: Start) -> None:
+    inner = lab.num_steps - SPLIT - 2
+    for target, orders, computed, between in (
+        ("whole_output", (1,), "full", "none"),
+        ("whole_output", (0, 1), "full_deep", "probe"),
+        ("deep_feature", (1,), "full_deep", "shallow"),
+        ("deep_feature", (0, 1), "full_deep", "shallow_probe"),
+    ):
+        method = predicted(lab, 3, target, orders)
+        kinds = method.run(start).kinds
+        assert (kinds.count(computed), kinds.count(between)) == (3, inner - 1)
+
+
 def test_an_interval_of_one_computes_everything(lab: Lab, start: Start) -> None:
     expected = plain(lab).run(start).latents
     for method in (rivals.deep_cache(lab, 1), rivals.fora(lab, 1), rivals.taylor_seer(lab, "whole_output", 1, 2)):

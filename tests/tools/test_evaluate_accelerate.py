@@ -104,7 +104,8 @@ def test_the_report_holds_every_row(tmp_path: Path) -> None:
             for share in SHARES
         ],
         "ablation": [{"part": "rectifier", "share": 0.25, "with": "a", "without": "b", **gain}],
-        "chosen": [{"share": 0.25, "label": "planned", "device_ms": 25.0, "psnr_db": 40.0, "why": "it was best"}],
+        "chosen": [{"share": 0.25, "label": "planned", "device_ms": 25.0, "psnr_db": 40.0, "why": "it was best",
+                    "end_to_end_speedup": 3.9}],
         "student": "pi", "device": "x86-laptop-vnni", "kernels": "onnxruntime-x64", "num_steps": 25, "split": 8,
         "sampler": "dpmsolver++", "captions": 4, "data_split": "gate", "seed": 0, "threads": 1, "precision": "fp32",
         "fitted_on": 48,
