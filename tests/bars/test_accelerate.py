@@ -3,7 +3,7 @@
 128 captions of the report split through the phone-mid student in float, 17 of 25 steps on the device; some forty
 minutes on a quiet thread. Ours are on the frontier at two of three device times at least; what the planner ships
 within one of them is twice as fast end to end, its attribute accuracy within a point and its Frechet distance within
-5 % of the same segment fully computed. Figures go to docs/measured/accelerate.json, the plot to docs/images/accelerate.png.
+5 % of the same segment fully computed. Figures go to docs/measured/accelerate.json, the plot to docs/images/.
 """
 
 from __future__ import annotations
