@@ -19,12 +19,13 @@ from latentrelay.compress.predicted_chain import RunState, StagedDenoiser, recti
 from latentrelay.compress.prediction import Prediction
 from latentrelay.compress.solver_tables import SolverTable
 from latentrelay.export.compensation_file import TableCorrection
-from latentrelay.export.errors import ParityError
+from latentrelay.export.errors import ExportError, ParityError
 from latentrelay.export.parity import CHAINED_GATE_DB, Feeds, snr_db
 from latentrelay.export.reference_run import ReferenceRun
 from numpy.typing import NDArray
 
 FLOAT_GATE_DB = 80.0  # an error of 1e-4
+MOST_FLIPPED = 0.01  # of the choices, on the same inputs: ties alone
 FULL, PREDICTED = "full", "predicted"
 
 
@@ -70,10 +71,11 @@ def check_predicted(
 
     Returns {"step_predicted": {"snr_db": the lowest of all teacher-forced outputs}, "predicted_run": {"snr_db": the
     lowest of the splits' last latents, "flipped_choices": counts that moved}}. Raises ParityError below 80 dB, or 50
-    where the network is quantised, ladders are kept in float16, or a token between two equals chose the other one.
+    where the network is quantised, ladders are kept in float16, or a token between two equals chose the other one;
+    ExportError where more than one in a hundred did so on the same inputs.
     """
     rounded = quantised or plan.recipe.prediction["ladder_dtype"] == "float16"
-    forced, chained, flipped = [], [], [0, 0]
+    forced, chained, flipped, chosen = [], [], [0, 0], 0
     for split in sorted(int(split) for split in plan.recipe.prediction["rows"]):
         progress(f"parity: predicted steps from split {split}")
         start = Start(split, run.latents[split], run.x0_prev[split] if split else None, run.prompt_embeds)
@@ -82,9 +84,17 @@ def check_predicted(
             got = _called(sessions, step, step.inputs)
             forced.append(_lowest(step, got))
             flipped[0] += _moved(step, got)
+            chosen += int(got["choices"].sum()) if "choices" in got else 0
         last, moved = run_chained(sessions, steps)
         chained.append(snr_db(steps[-1].outputs["next_latents"], last))
         flipped[1] += moved
+    if flipped[0] > MOST_FLIPPED * chosen:
+        raise ExportError(
+            "parity gate: step_predicted chooses other rows than its tables in NumPy do, on the same inputs",
+            got=f"{flipped[0]} of {chosen} choices",
+            expected=f"at most {MOST_FLIPPED:.0%}",
+            do="Report the model; the bundle was not written.",
+        )
     gates = [CHAINED_GATE_DB if rounded or count else FLOAT_GATE_DB for count in flipped]
     return {
         "step_predicted": {"snr_db": _gated("step_predicted", min(forced), gates[0])},
