@@ -14,8 +14,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 from latentrelay.compress.compensation_gate import Score, psnr_db
-from latentrelay.compress.denoising_chain import Correction
-from latentrelay.compress.errors import PredictionError, ScheduleError
+from latentrelay.compress.denoising_chain import Correction, final_latents
+from latentrelay.compress.errors import PredictionError, ScheduleError, TrajectoryError
 from latentrelay.compress.ladders import LadderSpec, ladder_rows
 from latentrelay.compress.predicted_chain import Prediction, StagedDenoiser, predicted_chain
 from latentrelay.compress.prediction import Target
@@ -26,6 +26,7 @@ from latentrelay.compress.step_schedule import uniform_mask
 from latentrelay.compress.token_selection import Choice
 
 Grid = Literal["nominal", "actual"]
+_RAN_AWAY_DB = -999.0
 
 
 class Policy(Protocol):
@@ -141,10 +142,11 @@ class Bench:
             denoiser = self.on_grid(prediction.grid)
         found = []
         for run in self.held_out(prediction.split):
-            latents = run.start.latents
-            for step in predicted_chain(denoiser, self.table, run.start, self.guidance, prediction, self.correction):
-                latents = step.next_latents
-            found.append(psnr_db(run.latents[-1], latents))
+            steps = predicted_chain(denoiser, self.table, run.start, self.guidance, prediction, self.correction)
+            try:
+                found.append(psnr_db(run.latents[-1], final_latents(steps, run.start)))
+            except TrajectoryError:  # it ran away to NaN: no candidate, and no reason to stop
+                found.append(_RAN_AWAY_DB)
         return Score(np.array(found))
 
     def _make(self, candidate: Candidate, split: int) -> Prediction | None:
@@ -164,13 +166,16 @@ class Bench:
         prediction = Prediction(
             split, mask, candidate.target, update, candidates, candidate.metric, ladder_dtype=self.ladder_dtype
         )
-        if candidate.grid is not None and self.grids is not None:
-            return replace(prediction, grid=self.grids(prediction, candidate.grid))
-        if candidate.rectify is None:
-            return prediction
-        return fit_rectifier(
-            prediction, self.fit(split), self.staged, self.table, self.guidance, self.correction, candidate.rectify
-        ).prediction
+        try:
+            if candidate.grid is not None and self.grids is not None:
+                return replace(prediction, grid=self.grids(prediction, candidate.grid))
+            if candidate.rectify is None:
+                return prediction
+            return fit_rectifier(
+                prediction, self.fit(split), self.staged, self.table, self.guidance, self.correction, candidate.rectify
+            ).prediction
+        except (ScheduleError, TrajectoryError):
+            return None
 
 
 def all_computed(bench: Bench, split: int) -> Prediction:

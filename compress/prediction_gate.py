@@ -4,7 +4,8 @@ In: recorded float runs to fit on and others held out, the deployed network with
 step of each kind and how many times faster the run shall be. Out: a `PredictionOutcome`. For each target the search
 starts from the plainest rule, even steps and the last value held, and takes a part in (order, mask policy, adjusted
 grid, choice per token, rectifier) only where held-out final latents come nearer to the float run's with 95 %
-confidence; then the better target ships. Other splits get the same settings with a mask and a rectifier of their own.
+confidence; then the better target ships. Other splits get the same target, order and choice, and a mask and a
+correction of their own where those gain there too.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def plan_prediction(
     fallback_threshold: float | None = None,
     progress: Progress | None = None,
 ) -> PredictionOutcome:
-    """Search on the largest of `splits`, then every split with the settings found.
+    """Search on the largest of `splits` that has room, then every split with the settings found.
 
     `staged` computes what ships; its probe is called `probe` (None: it has none, and no choice per token is tried).
     `scheduler` is the sampler's diffusers scheduler, for adjusted grids, which also need `staged.on_grid`; None tries
@@ -83,9 +84,19 @@ def plan_prediction(
         grid if on_grid is not None else None,
         on_grid,
     )
-    at = max(splits)
+    at = _deciding(bench, splits, targets or TARGETS)
     found = [searched(bench, at, target, probe, say) for target in (targets or TARGETS)]
     return _outcome(bench, [each for each in found if each is not None], splits, at, probe, fallback_threshold, say)
+
+
+def _deciding(bench: Bench, splits: Sequence[int], targets: Sequence[Target]) -> int:
+    """The largest split with room for a prediction, which most users will run from; the smallest where none has."""
+    with_room = (
+        split
+        for split in sorted(splits, reverse=True)
+        if any(bench.score(Candidate(target), split) is not None for target in targets)
+    )
+    return next(with_room, min(splits))
 
 
 def _outcome(
@@ -118,6 +129,9 @@ def _outcome(
     for other in ranked[1:]:
         why += f", against {_mean(bench.score(other.best, at)):.2f} dB of {other.best.name(probe)} in the same time"
     why += f"; every step computed: {computed.mean:.2f} dB"
+    left_out = sorted(set(splits) - set(predictions))
+    if left_out:
+        why += f"; no room for predicted steps from split {', '.join(str(split) for split in left_out)}"
     report |= {"chosen": best.name(probe), "why": why}
     evidence = tuple(each for search in ranked for each in _evidence(search, best))
     return PredictionOutcome(predictions, best, probe, bench.table, evidence, report, why)
@@ -134,21 +148,33 @@ def _ranked(bench: Bench, searches: Sequence[Search], at: int) -> list[Search]:
 
 
 def _for_split(bench: Bench, best: Candidate, split: int, say: Progress) -> tuple[Prediction | None, dict[str, Any]]:
-    """The settings at one split, its rectifier or grid gated there too."""
-    prediction, found = bench.prediction(best, split), bench.score(best, split)
-    if prediction is None or found is None:
+    """The settings at one split: from even steps without correction, mask policy and correction are taken in again
+    where they gain there. Target, order and choice per token are the same for all splits, since one graph holds them.
+    """
+    say(f"prediction: split {split}")
+    chosen = replace(best, policy="uniform", rectify=None, grid=None)
+    current = bench.score(chosen, split)
+    if current is None:
         return None, {}
-    line: dict[str, Any] = {"computed_steps": prediction.mask.count("full"), "psnr_db": decibels(found.mean)}
-    plain = replace(best, rectify=None, grid=None)
-    if plain != best:
-        say(f"prediction: split {split} with and without its correction")
-        without = bench.score(plain, split)
-        if without is not None:
-            line["gain_db"] = [decibels(value) for value in found.over(without)]
-            line["corrected"] = found.over(without)[1] > 0.0
-            if not line["corrected"]:
-                return bench.prediction(plain, split), line | {"psnr_db": decibels(without.mean)}
-    return prediction, line
+    line: dict[str, Any] = {"uniform_psnr_db": decibels(current.mean)}
+    for part, wanted in (
+        ("policy", replace(chosen, policy=best.policy)),
+        ("corrected", replace(chosen, policy=best.policy, rectify=best.rectify, grid=best.grid)),
+        ("corrected", replace(chosen, rectify=best.rectify, grid=best.grid)),
+    ):
+        found = bench.score(wanted, split)
+        if wanted == chosen or found is None:
+            continue
+        gain = found.over(current)
+        line[part] = line.get(part, False) or gain[1] > 0.0
+        if gain[1] > 0.0:
+            chosen, current = wanted, found
+            line["gain_db"] = [decibels(value) for value in gain]
+    prediction = bench.prediction(chosen, split)
+    computed = bench.measured(all_computed(bench, split))
+    mask = () if prediction is None else prediction.mask
+    figures = {"psnr_db": decibels(current.mean), "all_computed_psnr_db": decibels(computed.mean)}
+    return prediction, {"computed_steps": mask.count("full"), **figures, **line}
 
 
 def _evidence(search: Search, shipped: Candidate) -> Iterator[Evidence]:

@@ -8,8 +8,10 @@ graph's own folder only, and not through links, so the folder given gets a copy 
 from __future__ import annotations
 
 import copy
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -111,11 +113,18 @@ def write_cuts(unet: Path, folder: Path, probe: str | None) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     data = unet.with_name(UNET_DATA)
     if data.is_file() and folder.resolve() != unet.parent.resolve():
-        shutil.copyfile(data, folder / UNET_DATA)
+        _moved_in(folder / UNET_DATA, lambda beside: shutil.copyfile(data, beside))
     paths = {name: folder / f"{name}.onnx" for name in cuts}
     for name, cut in cuts.items():
-        onnx.save(cut, str(paths[name]))
+        _moved_in(paths[name], partial(onnx.save, cut))
     return paths
+
+
+def _moved_in(path: Path, write: Callable[[str], object]) -> None:
+    """Written beside and renamed: another session may have the old file open."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    write(str(beside))
+    beside.replace(path)
 
 
 def cut_component(path: Path, known: Mapping[str, tuple[int | str, ...]]) -> Component:

@@ -80,10 +80,10 @@ def write_step(plan: Plan, output: Path, latents: Tensor, opset: int) -> None:
         order = ["noise_pred", "latents", "step", "noise"]
     elif plan.recipe.prediction:
         ladders = ladders_of(plan, output.with_name(UNET), latents.shape[1:])
-        module, points = FullTail(plan), cut_points(network)
+        module, taps = FullTail(plan), _taps(plan, ladders, network)
         given |= ladders.examples()
         order = ["noise_pred", "latents", "step", "split_row", "guidance", *_memory(plan)]
-        for name, shape, value in _taps(plan, ladders, points.deep, points.probes):
+        for name, shape, value in taps:
             given[name], names[name] = torch.zeros(shape), value
         order += [name for name in ("feature_ladder", "feature", "probe_ladder", "probe") if name in given]
         results += ["next_" + name for name in ladders.examples()]
@@ -131,12 +131,16 @@ def _left(plan: Plan, unet: Path) -> ModelProto | None:
     return cut_graph(network, {points.deep: _FEATURE} if deep else {}, outputs)
 
 
-def _taps(plan: Plan, ladders: Ladders, deep: str, probes: Mapping[str, str]) -> list[tuple[str, tuple[int, ...], str]]:
+def _taps(plan: Plan, ladders: Ladders, network: ModelProto) -> list[tuple[str, tuple[int, ...], str]]:
     """What step_full's tail reads inside the network: (input, shape, value)."""
     prediction = plan.recipe.prediction
-    found = [("feature", ladders.feature[1:], deep)] if prediction["target"] == "deep_feature" else []
+    deep = prediction["target"] == "deep_feature"
+    if not deep and ladders.probe is None:
+        return []
+    points = cut_points(network)
+    found = [("feature", ladders.feature[1:], points.deep)] if deep else []
     if ladders.probe is not None:
-        found.append(("probe", ladders.probe[1:], probes[prediction["probe"]]))
+        found.append(("probe", ladders.probe[1:], probe_value(points, prediction["probe"])))
     return found
 
 

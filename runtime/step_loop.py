@@ -29,7 +29,7 @@ RECOMPUTED = "recomputed"
 
 @dataclass(frozen=True, eq=False)
 class StepEvent:
-    """One finished step: its index in the whole run, the run's length, the network's timestep, the arrays it made
+    """One finished step: its index in the whole run, the run's length, its nominal timestep, the arrays it made
     (the next step's input; copy before changing them), milliseconds, and how it came about.
 
     `kind` "full" (computed), "predicted", or "recomputed": predicted, found too far off, and computed after all.

@@ -120,8 +120,8 @@ def _fewer(bench: Bench) -> Sequence[Method]:
 
 def _taylor(bench: Bench) -> Sequence[Method]:
     lab = bench.workshop.lab
-    deep = [rivals.taylor_seer(lab, "deep_feature", n, order) for n in (3, 5) for order in (1, 2)]
-    whole = [rivals.taylor_seer(lab, "whole_output", n, order) for n in (3, 5) for order in (1, 2)]
+    deep = [rivals.taylor_seer(lab, "deep_feature", n, order) for n in (3, 4, 5) for order in (1, 2)]
+    whole = [rivals.taylor_seer(lab, "whole_output", n, order) for n in (3, 4, 5) for order in (1, 2)]
     modules = [rivals.taylor_seer(lab, "modules", n, 1) for n in (3,)] if lab.networks.modules else []
     return [*deep, *whole, *modules]
 

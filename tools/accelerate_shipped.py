@@ -12,14 +12,17 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from latentrelay.compress.denoising_chain import Start
 from latentrelay.compress.plan import Plan
 from latentrelay.compress.prediction import Prediction
+from latentrelay.export.compensation_file import TableCorrection
 from latentrelay.runtime import Bundle, Session
 from latentrelay.tools.accelerate_methods import Lab, Method, Predicted
+from latentrelay.tools.accelerate_networks import Networks
 from latentrelay.tools.evaluate_precision import Shelf
 
 ROUNDS, WARM_UPS = 11, 2
@@ -35,6 +38,25 @@ class Shipped:
     method: Method | None
 
 
+@dataclass(frozen=True, eq=False)
+class Planned(Predicted):
+    """A bundle's own tables on its own network: it was quantised and corrected on runs of its own splits."""
+
+    def key(self) -> Mapping[str, Any]:
+        """See `Method`."""
+        tables = getattr(self.lab.correction, "tables", {})
+        blob = b"".join(name.encode() + table.tobytes() for name, table in sorted(tables.items()))
+        return {**super().key(), "own_network": self.lab.networks.digest, "own_tables": sha256(blob).hexdigest()}
+
+
+def laboratory(bundle: Bundle, folder: Path, split: int, guidance: float, threads: int) -> Lab:
+    """One bundle's networks with its compensation; cut graphs go into `folder`."""
+    networks = Networks(bundle, folder, threads)
+    tables = {k: v for k, v in networks.plan.tables.arrays().items() if k.startswith("compensation_")}
+    correction = TableCorrection(tables) if tables else None
+    return Lab(networks, networks.plan.recipe.solver_table, split, guidance, correction)
+
+
 def shipped(shelf: Shelf, lab: Lab, precision: str, shares: Sequence[float]) -> Iterator[Shipped]:
     """Built one after the other over the shelf's work folder; what did not change is not made again."""
     from latentrelay.export.prediction_pass import PredictionAsk
@@ -46,7 +68,9 @@ def shipped(shelf: Shelf, lab: Lab, precision: str, shares: Sequence[float]) -> 
         prediction = Prediction.of_plan(plan, lab.split) if plan.recipe.prediction else None
         report = dict(made.quality.get("prediction", {}))
         settings = {"share": share, "settings": report.get("chosen", "nothing predicted")}
-        method = None if prediction is None else Predicted("planned", settings, lab, prediction)
+        bundle, folder = Bundle.open(made.bundle), lab.networks.folder.with_name(made.bundle.name)
+        own = laboratory(bundle, folder, lab.split, lab.guidance, lab.networks.threads)
+        method = None if prediction is None else Planned("planned", settings, own, prediction)
         yield Shipped(share, made.bundle, report, method)
 
 

@@ -77,6 +77,7 @@ def run(
         from latentrelay.export import export, load_source
         from latentrelay.export.bundle_folder import check_output
     check_output(output.absolute(), overwrite=overwrite)
+    prediction = _prediction(speedup, predict, predict_splits)
     if (data is None and steps is not None) or (data is not None and (model in OURS or student != "auto")):
         raise RequestError(
             "--data and --steps are for compressing a model of your own first",
@@ -107,7 +108,7 @@ def run(
             overwrite=overwrite,
             precision=chosen,
             packages=_packages(coreml_encoding, apple_layout),
-            prediction=_prediction(speedup, predict, predict_splits),
+            prediction=prediction,
             recipe=_recipe(recipe, parts.get("student"), chosen, profile),
             calibration=calibration(model, prompts),
             work=place,

@@ -270,7 +270,9 @@ def build(
     ] = False,
     speedup: Annotated[
         float | None,
-        typer.Option(help="Predict steps: how many times faster the device's part should be. None if not given."),
+        typer.Option(
+            help="Predict steps: how many times faster the device's part should be. Not given: every step is computed."
+        ),
     ] = None,
     predict: Annotated[
         str, typer.Option(help="With --speedup, what is predicted: whole_output, deep_feature, or auto: the better.")

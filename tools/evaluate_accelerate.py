@@ -125,6 +125,7 @@ def evaluate(
     from latentrelay.tools.accelerate_ours import Workshop
     from latentrelay.tools.accelerate_rows import SHARES, Bench
     from latentrelay.tools.accelerate_runs import Runner
+    from latentrelay.tools.accelerate_shipped import laboratory
     from latentrelay.tools.array_cache import ArrayCache
     from latentrelay.tools.demo import machine_profile
     from latentrelay.tools.evaluate_precision import Shelf
@@ -147,7 +148,10 @@ def evaluate(
     shelf = Shelf(pipeline, profile, student, num_steps, output)
     name = precision or profile.target_precision
     bundles = {each: Bundle.open(shelf.build(each).bundle) for each in dict.fromkeys((_FLOAT, name))}
-    labs = {each: laboratory(bundle, output / "cut" / each, teacher, split) for each, bundle in bundles.items()}
+    labs = {
+        each: laboratory(bundle, output / "cut" / each, split, teacher.guidance, cores())
+        for each, bundle in bundles.items()
+    }
     lab = labs[name]
     costs = timed(lab, bundles[name])
     record = partial(recorded, shelf, bundles[_FLOAT], labs[_FLOAT], teacher, output)
@@ -189,19 +193,6 @@ def evaluate(
         "fitted_on": len(workshop.runs) if "runs" in vars(workshop) else 0,
         "seconds": round(time.perf_counter() - started, 1),
     }
-
-
-def laboratory(bundle: Bundle, folder: Path, teacher: Teacher, split: int) -> Lab:
-    """One bundle's networks with its compensation."""
-    from latentrelay.export.compensation_file import TableCorrection
-    from latentrelay.tools.accelerate_methods import Lab
-    from latentrelay.tools.accelerate_networks import Networks
-    from latentrelay.tools.sweep import cores
-
-    networks = Networks(bundle, folder, cores())
-    tables = {k: v for k, v in networks.plan.tables.arrays().items() if k.startswith("compensation_")}
-    correction = TableCorrection(tables) if tables else None
-    return Lab(networks, networks.plan.recipe.solver_table, split, teacher.guidance, correction)
 
 
 def recorded(shelf: Shelf, bundle: Bundle, lab: Lab, teacher: Teacher, output: Path) -> Trajectories:
