@@ -218,7 +218,11 @@ def plain(lab: Lab) -> Ruled:
 
 
 def device_ms(kinds: Sequence[str], costs: Mapping[str, float]) -> float:
-    """Milliseconds of one run's steps: each step's calls and its tail (guidance and solver)."""
+    """Milliseconds of one run's steps: each step's calls and its tail (compensation, guidance and solver).
+
+    Left out for all alike: ladders, selection and rectifier inside the graphs (a whole-output step takes 0.2 ms in all
+    on the reference), and what a host decides. What a build ships is also timed end to end, with everything.
+    """
     calls = [kind for step in kinds for kind in step.split("+") if kind != NOTHING]
     return sum(costs[kind] for kind in calls) + costs["tail"] * len(kinds)
 

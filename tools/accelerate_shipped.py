@@ -23,6 +23,7 @@ from latentrelay.export.compensation_file import TableCorrection
 from latentrelay.runtime import Bundle, Session
 from latentrelay.tools.accelerate_methods import Lab, Method, Predicted
 from latentrelay.tools.accelerate_networks import Networks
+from latentrelay.tools.accelerate_verdicts import PLANNED
 from latentrelay.tools.evaluate_precision import Shelf
 
 ROUNDS, WARM_UPS = 11, 2
@@ -70,7 +71,7 @@ def shipped(shelf: Shelf, lab: Lab, precision: str, shares: Sequence[float]) -> 
         settings = {"share": share, "settings": report.get("chosen", "nothing predicted")}
         bundle, folder = Bundle.open(made.bundle), lab.networks.folder.with_name(made.bundle.name)
         own = laboratory(bundle, folder, lab.split, lab.guidance, lab.networks.threads)
-        method = None if prediction is None else Planned("planned", settings, own, prediction)
+        method = None if prediction is None else Planned(PLANNED, settings, own, prediction)
         yield Shipped(share, made.bundle, report, method)
 
 
