@@ -3,7 +3,7 @@
 128 captions of the report split through the phone-mid student in float, 17 of 25 steps on the device; some forty
 minutes on a quiet thread. Ours are on the frontier at two of three device times at least; what the planner ships
 within one of them is twice as fast end to end, its attribute accuracy within a point and its Frechet distance within
-5 % of the same segment fully computed. Figures go to docs/measured/accelerate.json, the plot to docs/images/.
+5 % of the same segment fully computed. Figures go to docs/measured/accelerate_fp32.json, the plot to docs/images/.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         output=output,
         as_json=True,
     )
-    shutil.copyfile(output / "accelerate.png", IMAGES / "accelerate.png")
+    shutil.copyfile(output / "accelerate.png", IMAGES / "accelerate_fp32.png")
     return dict(json.loads((output / "accelerate.json").read_text()))
 
 
 def test_the_figures_are_kept(document: dict[str, Any], measured: Callable[[str, dict[str, Any]], Path]) -> None:
-    found = json.loads(measured("accelerate", document).read_text())
+    found = json.loads(measured("accelerate_fp32", document).read_text())
     assert found["captions"] >= 128
     assert {row["method"] for row in found["rows"]} >= {
         "all steps", "whole output", "deep feature", "fewer steps", "DeepCache", "FORA", "TaylorSeer", "TeaCache",
