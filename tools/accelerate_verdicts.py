@@ -48,17 +48,19 @@ def frontier(
     """At each share of the uncached segment's time: ours, the best rival, and who is ahead, by PSNR `to` the bundle's
     own uncached run or to the float network's.
 
-    Ours is what the planner ships within that time, decided on other captions; where nothing was planned the best of
-    ours on these. The rival is the best on these captions, which favours it: the interval does not count the picking.
+    Ours is what the planner ships for that time, decided on other captions (where its time here comes out a little
+    longer, the rivals have that long too); where nothing was planned, the best of ours on these. The rival is the best
+    on these captions, which favours it: the interval does not count the picking.
     """
     found, full = [], whole.device_ms(costs)
     for share in shares:
-        within = [each for each in results if each.device_ms(costs) <= share * full]
-        planned = [each for each in within if each.name == PLANNED]
+        planned = [each for each in results if each.name == PLANNED and each.settings.get("share") == share]
+        limit = max([share * full, *(each.device_ms(costs) for each in planned)])
+        within = [each for each in results if each.device_ms(costs) <= limit]
         ours = _best(planned or [each for each in within if each.ours], to)
         rivals = _best([each for each in within if not each.ours], to)
         picked = "by the planner, on other captions" if planned else "the best on these captions"
-        entry: dict[str, Any] = {"share": share, "device_ms": round(share * full, 3), "ours_picked": picked}
+        entry: dict[str, Any] = {"share": share, "device_ms": round(limit, 3), "ours_picked": picked}
         for side, best in (("ours", ours), ("rival", rivals)):
             entry[side] = None if best is None else best.label
             entry[f"{side}_psnr_db"] = None if best is None else float(_psnr(best, to).mean())
