@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, Protocol
 
@@ -51,7 +52,7 @@ class Method(Protocol):
         """From a handoff to the final latents; the method keeps nothing between runs."""
 
     def key(self) -> Mapping[str, Any]:
-        """What its results depend on besides networks and starts, as JSON."""
+        """What its results depend on besides the starts, as JSON."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,14 @@ class Lab:
     split: int
     guidance: float
     correction: Correction | None
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of network, compensation, solver, split and guidance: what results on it are kept by."""
+        found = sha256(repr((self.networks.digest, self.table, self.split, self.guidance)).encode())
+        for name, table in sorted(getattr(self.correction, "tables", {}).items()):
+            found.update(name.encode() + table.tobytes())
+        return found.hexdigest()
 
     @property
     def num_steps(self) -> int:
@@ -137,7 +146,8 @@ class Predicted:
 
     def key(self) -> Mapping[str, Any]:
         """See `Method`."""
-        return {"name": self.name, "settings": dict(self.settings), "prediction": digest_of(self.prediction)}
+        settings, made = dict(self.settings), digest_of(self.prediction)
+        return {"name": self.name, "settings": settings, "prediction": made, "lab": self.lab.identity}
 
 
 @dataclass
@@ -209,7 +219,8 @@ class Ruled:
     def key(self) -> Mapping[str, Any]:
         """See `Method`."""
         rows = None if self.grid is None else repr(self.grid)
-        return {"name": self.name, "settings": dict(self.settings), "grid": rows, "fitted": list(self.fitted)}
+        key = {"name": self.name, "settings": dict(self.settings), "grid": rows, "fitted": list(self.fitted)}
+        return {**key, "lab": self.lab.identity}
 
 
 def plain(lab: Lab) -> Ruled:

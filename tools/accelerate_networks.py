@@ -13,6 +13,7 @@ network but what every step does besides: compensation, guidance and solver.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import statistics
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +173,9 @@ class Networks:
 
     def _graph(self, kind: str) -> tuple[Graph, tuple[str, ...]]:
         if kind not in self._open:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / f"{kind}.onnx"
+            place = self.folder / sha256(self.digest.encode()).hexdigest()[:16]  # weights lie beside their own graphs
+            place.mkdir(parents=True, exist_ok=True)
+            path = place / f"{kind}.onnx"
             if kind == TAIL:
                 self._write_tail(path)
                 model = onnx.load(path)
@@ -180,8 +183,10 @@ class Networks:
                 cut, values = self.kinds[kind], self.values
                 model = cut_graph(self._model, {values[r]: r for r in cut.takes}, {values[r]: r for r in cut.gives})
                 for data in self.bundle.file("unet/model.onnx").parent.glob("model.onnx_data*"):
-                    if not (self.folder / data.name).is_file():
-                        shutil.copyfile(data, self.folder / data.name)
+                    if not (place / data.name).is_file():
+                        beside = place / f".{data.name}.{os.getpid()}"
+                        shutil.copyfile(data, beside)
+                        beside.replace(place / data.name)
                 onnx.save(model, path)
             inputs, outputs = ([_port(value) for value in values] for values in (model.graph.input, model.graph.output))
             backend = open_backend(self.bundle.manifest.backend, threads=self.threads)

@@ -60,21 +60,20 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """The captions, the uncached runs that all are compared with, and the judge. `network` is the bundle's digest of
-    what runs; `reference` and `exact` are methods that compute every step, the latter in float (None: the same)."""
+    """The captions, the uncached runs that all are compared with, and the judge. `reference` and `exact` are methods
+    that compute every step, the latter in float (None: the same)."""
 
     experiment: Experiment
     parts: Sequence[Captions]
     scorer: Scorer
-    network: str
     reference: Method
-    exact: tuple[str, Method] | None
+    exact: Method | None
     _starts: dict[int, list[Start]] = field(default_factory=dict)
 
     def result(self, method: Method) -> Result:
         """Run, or read what was kept."""
         return self.scored(
-            method.name, method.settings, method.ours, lambda part: self._ran(method, self.network, part), method.key()
+            method.name, method.settings, method.ours, lambda part: self._ran(method, part), method.key()
         )
 
     def scored(
@@ -106,15 +105,14 @@ class Runner:
     @cached_property
     def references(self) -> list[Any]:
         """(B, C, h, w) a part: every step computed."""
-        return [self._ran(self.reference, self.network, part)[0] for part in self.parts]
+        return [self._ran(self.reference, part)[0] for part in self.parts]
 
     @cached_property
     def floats(self) -> list[Any] | None:
         """The same of the float network; None where the bundle's is that."""
         if self.exact is None:
             return None
-        digest, method = self.exact
-        return [self._ran(method, digest, part)[0] for part in self.parts]
+        return [self._ran(self.exact, part)[0] for part in self.parts]
 
     @cached_property
     def pictures(self) -> list[Any]:
@@ -124,7 +122,7 @@ class Runner:
     def _pictures(self, latents: Any) -> Any:
         return self.experiment.decoded(latents)
 
-    def _ran(self, method: Method, network: str, part: Captions) -> tuple[Floats, Kinds]:
+    def _ran(self, method: Method, part: Captions) -> tuple[Floats, Kinds]:
         def run() -> Arrays:
             runs = [method.run(start) for start in self.starts(part)]
             words = json.dumps([list(each.kinds) for each in runs]).encode()
@@ -133,7 +131,7 @@ class Runner:
                 "kinds": np.frombuffer(words, np.uint8).copy(),
             }
 
-        made_from = {**self.experiment.made_from(part), "network": network, "method": dict(method.key())}
+        made_from = {**self.experiment.made_from(part), "method": dict(method.key())}
         found = self.experiment.cache.get("accelerated", made_from, run)
         return found["latents"], tuple(tuple(each) for each in json.loads(found["kinds"].tobytes()))
 
@@ -141,7 +139,6 @@ class Runner:
         part = self.parts[i]
         made_from = {
             **self.experiment.made_from(part),
-            "network": self.network,
             "method": dict(key),
             "reference": dict(self.reference.key()),
             **self.scorer.made_from,

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +38,6 @@ class Shipped:
     method: Method | None
 
 
-@dataclass(frozen=True, eq=False)
-class Planned(Predicted):
-    """A bundle's own tables on its own network: it was quantised and corrected on runs of its own splits."""
-
-    def key(self) -> Mapping[str, Any]:
-        """See `Method`."""
-        tables = getattr(self.lab.correction, "tables", {})
-        blob = b"".join(name.encode() + table.tobytes() for name, table in sorted(tables.items()))
-        return {**super().key(), "own_network": self.lab.networks.digest, "own_tables": sha256(blob).hexdigest()}
-
-
 def laboratory(bundle: Bundle, folder: Path, split: int, guidance: float, threads: int) -> Lab:
     """One bundle's networks with its compensation; cut graphs go into `folder`."""
     networks = Networks(bundle, folder, threads)
@@ -71,7 +59,7 @@ def shipped(shelf: Shelf, lab: Lab, precision: str, shares: Sequence[float]) -> 
         settings = {"share": share, "settings": report.get("chosen", "nothing predicted")}
         bundle, folder = Bundle.open(made.bundle), lab.networks.folder.with_name(made.bundle.name)
         own = laboratory(bundle, folder, lab.split, lab.guidance, lab.networks.threads)
-        method = None if prediction is None else Planned(PLANNED, settings, own, prediction)
+        method = None if prediction is None else Predicted(PLANNED, settings, own, prediction)
         yield Shipped(share, made.bundle, report, method)
 
 

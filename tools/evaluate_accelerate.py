@@ -159,9 +159,9 @@ def evaluate(
     bench = Bench(workshop, {kind: each["median_ms"] for kind, each in costs.items()})
     with Session(bundles[_FLOAT], threads=cores()) as states:
         experiment = Experiment(teacher, split, states, cores())
-        exact = None if name == _FLOAT else (labs[_FLOAT].networks.digest, plain(labs[_FLOAT]))
+        exact = None if name == _FLOAT else plain(labs[_FLOAT])
         parts = tuple(asked.batches(BATCH))
-        runner = Runner(experiment, parts, Scorer(), lab.networks.digest, plain(lab), exact)
+        runner = Runner(experiment, parts, Scorer(), plain(lab), exact)
         results, ablation = everything(wanted, bench, runner, shelf)
         chosen: list[dict[str, Any]] = []
         if "ours" in wanted:
