@@ -53,6 +53,17 @@ def test_the_frontier_by_hand() -> None:
     assert half["device_ms"] == 50.0
 
 
+def test_ours_is_what_was_planned_and_the_rival_has_its_time() -> None:
+    whole, kept = a_result("all steps", 10, 200.0), a_result("planned", 5, 35.0, ours=True)
+    planned = Result("planned", {"share": 0.4}, True, kept.kinds, kept.psnr_db, None, kept.scored)
+    results = [planned, a_result("a", 4, 50.0, ours=True), a_result("c", 4, 30.0), a_result("d", 5, 33.0)]
+    middle, half = frontier(results, whole, COSTS, (0.4, 0.5))
+    assert (middle["ours"], middle["rival"], middle["device_ms"]) == (planned.label, "d: computed 5", 50.0)
+    assert middle["gain_db"] == pytest.approx(2.0)
+    assert "planner" in middle["ours_picked"]
+    assert (half["ours"], half["ours_picked"]) == ("a: computed 4", "the best on these captions")
+
+
 def test_a_quantised_network_is_also_compared_with_the_float_run() -> None:
     def result(name: str, ours: bool, psnr: float, to_float: float) -> Result:
         plain = a_result(name, 4, psnr, ours)
