@@ -7,12 +7,12 @@ for. Steps are weighted by how far an error of theirs moves the final latents.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
-from latentrelay.compress.denoising_chain import Floats
-from latentrelay.compress.error_matrix import ErrorMatrix, error_matrix
+from latentrelay.compress.error_matrix import ErrorMatrix, deep_features, error_matrix
 from latentrelay.compress.errors import ScheduleError
 from latentrelay.compress.predicted_chain import StagedDenoiser
 from latentrelay.compress.prediction import Target
@@ -33,7 +33,7 @@ def mask_policies(runs: Iterable[Trajectory], staged: StagedDenoiser, table: Sol
     def matrix(target: Target) -> ErrorMatrix:
         if target == "whole_output":
             return error_matrix(((run.split, run.noise_pred) for run in runs), num_steps, target)
-        return error_matrix(deep_features(runs, staged), num_steps, target)
+        return error_matrix(deep_features(islice(runs, PROFILED_RUNS), staged), num_steps, target)
 
     @lru_cache
     def weights() -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
@@ -58,12 +58,3 @@ def mask_policies(runs: Iterable[Trajectory], staged: StagedDenoiser, table: Sol
             return made(None)
 
     return {"uniform": uniform, "threshold": threshold, "dp": dp}
-
-
-def deep_features(runs: Iterable[Trajectory], staged: StagedDenoiser) -> Iterator[tuple[int, Floats]]:
-    """(first step, deep features (n, 2, Cf, hf, wf) on the recorded latents) of a run at a time, of the first
-    PROFILED_RUNS."""
-    for count, run in enumerate(runs):
-        if count == PROFILED_RUNS:
-            return
-        yield run.split, np.stack([staged.full(latents, step, run.prompt_embeds).feature for step, latents, _ in run])

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from latentrelay.device_profiles import load_profile
 from latentrelay.runtime import Bundle, Session
+from latentrelay.runtime.digest import sha256_file
 from latentrelay.runtime.errors import RequestError
 from latentrelay.tools.console import counting, emit, extra, printable, table
-from latentrelay.tools.models import FEW_STEP_STUDENT, REFERENCE, resolve
+from latentrelay.tools.models import FEW_STEP_STUDENT, REFERENCE, few_step_adapters, resolve
 
 if TYPE_CHECKING:
     from latentrelay.compress.trajectory import Trajectories
@@ -301,20 +302,19 @@ def few_step(bench: Bench, runner: Runner, shelf: Shelf) -> list[Result]:
     if shelf.student_name != FEW_STEP_STUDENT or runner.exact is not None or BRANCH not in bench.costs:
         return []
     networks = few_step_networks(FEW_STEP_STUDENT)
+    adapters = [sha256_file(few_step_adapters(student)) for student in (None, FEW_STEP_STUDENT)]
     found = []
     for num_steps, split in _FEW_STEP_RUNS:
-        key = {"name": "few-step student", "num_steps": num_steps, "split": split}
+        key = {"name": "few-step student", "num_steps": num_steps, "split": split, "adapters": adapters}
 
         def make(part: Captions, num_steps: int = num_steps, split: int = split) -> tuple[Any, Any]:
-            made_from = {**runner.experiment.made_from(part), "few_step": [num_steps, split]}
-            run = lambda: {  # noqa: E731
-                "latents": np.concatenate(
-                    [
-                        hybrid_latents(networks, [prompt], [seed], num_steps, split).numpy()
-                        for prompt, seed in zip(part.prompts, part.seeds, strict=True)
-                    ]
-                )
-            }
+            made_from = {**runner.experiment.made_from(part), "few_step": [num_steps, split], "adapters": adapters}
+
+            def run() -> dict[str, Any]:
+                runs = zip(part.prompts, part.seeds, strict=True)
+                rows = [hybrid_latents(networks, [text], [seed], num_steps, split).numpy() for text, seed in runs]
+                return {"latents": np.concatenate(rows)}
+
             latents = runner.experiment.cache.get("few-step", made_from, run)["latents"]
             return latents, tuple((BRANCH,) * (num_steps - split) for _ in part.seeds)
 
