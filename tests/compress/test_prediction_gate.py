@@ -14,7 +14,7 @@ from latentrelay.compress.ladders import LadderSpec
 from latentrelay.compress.plan import Plan, PlanSource, SplitMask, full_plan
 from latentrelay.compress.predicted_chain import Prediction, predicted_chain
 from latentrelay.compress.prediction_candidates import Bench, Candidate, StepCosts, uniform
-from latentrelay.compress.prediction_gate import PredictionOutcome, _ranked, plan_prediction
+from latentrelay.compress.prediction_gate import PredictionOutcome, _for_split, _ranked, plan_prediction
 from latentrelay.compress.prediction_masks import mask_policies
 from latentrelay.compress.prediction_search import Search
 from latentrelay.compress.run_segments import segments
@@ -171,6 +171,60 @@ def test_of_level_targets_the_whole_output_ships(staged: Any, staged_table: Any,
     for gains, first in (([-1.0, 3, -1, 3], whole), ([1.0, 1.2, 1, 1.2], deep), ([-2.0, -2, -2, -2], whole)):
         bench._scores[deep.best, SPLIT] = Score(40.0 + np.array(gains))
         assert _ranked(bench, [whole, deep], SPLIT)[0] is first
+
+
+def test_each_split_takes_mask_and_correction_only_where_they_gain(
+    staged: Any, staged_table: Any, staged_runs: Any
+) -> None:
+    runs = staged_runs("held", 4)
+    bench = dataclasses.replace(
+        _bench(staged, staged_table(), runs, runs), policies={"uniform": uniform, "dp": uniform}
+    )
+    best = Candidate("whole_output", LadderSpec((1,)), policy="dp", rectify="predicted")
+    even = dataclasses.replace(best, policy="uniform", rectify=None)
+    masked, both = dataclasses.replace(even, policy="dp"), best
+    even_rectified = dataclasses.replace(even, rectify="predicted")
+
+    def ships(gains: dict[Candidate, list[float]]) -> tuple[Prediction | None, dict[str, Any]]:
+        for candidate in (even, masked, both, even_rectified):
+            bench._scores[candidate, SPLIT] = Score(40.0 + np.array(gains.get(candidate, [-3.0, -2, -3, -2])))
+        return _for_split(bench, best, SPLIT, lambda words: None)
+
+    level, up = [0.0, 0, 0, 0], [2.0, 3, 2, 3]
+    for gains, shipped, policy, corrected in (
+        ({even: level, masked: [-1.0, 9, -1, 9]}, even, False, False),  # its mean is ahead, its interval is not
+        ({even: level, masked: up}, masked, True, False),
+        ({even: level, masked: up, both: [6.0, 7, 6, 7]}, both, True, True),
+        ({even: level, even_rectified: up}, even_rectified, False, True),
+    ):
+        prediction, line = ships(gains)
+        assert prediction is bench.prediction(shipped, SPLIT)
+        assert (line["policy"], line["corrected"]) == (policy, corrected)
+
+
+def test_a_split_without_room_is_left_out_and_said(staged: Any, staged_table: Any, staged_runs: Any) -> None:
+    runs = staged_runs("runs", 4)
+    found = plan_prediction(
+        runs, runs, staged, staged_table(), None, COSTS, (SPLIT, N - 2), 1.5, "v_prediction",
+        targets=("whole_output",), probe=None,
+    )  # fmt: skip
+    assert set(found.masks()) == {SPLIT}
+    assert found.report["decided_at_split"] == SPLIT
+    assert f"no room for predicted steps from split {N - 2}" in found.why
+
+
+def test_a_candidate_that_runs_away_is_worst_and_stops_nothing(
+    staged: Any, staged_table: Any, staged_runs: Any
+) -> None:
+    runs = staged_runs("held", 3)
+    bench = _bench(staged, staged_table(), runs, runs)
+    prediction = bench.prediction(Candidate("whole_output"), SPLIT)
+    assert prediction is not None
+    whole = staged.full
+    staged.full = lambda latents, step, embeds: dataclasses.replace(
+        whole(latents, step, embeds), noise_pred=np.full((2, *latents.shape[1:]), np.nan, np.float32)
+    )
+    assert (bench.measured(prediction).psnr_db == -999.0).all()
 
 
 def test_no_room_predicts_nothing_and_says_so(staged: Any, staged_table: Any, staged_runs: Any) -> None:
