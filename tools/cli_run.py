@@ -1,0 +1,99 @@
+"""What runs things, on the command line: serve, generate, verify. Every one imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from latentrelay.tools.cli_options import Backend, Json, Model
+
+
+def serve(
+    model: Model = "reference",
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="For a .safetensors file: the folder or hub id that describes it.")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="LATENTRELAY_TOKEN", help="Ask clients for this bearer token.")
+    ] = None,
+    cert: Annotated[Path | None, typer.Option(help="TLS certificate, PEM.")] = None,
+    key: Annotated[Path | None, typer.Option(help="TLS key, PEM.")] = None,
+    insecure: Annotated[bool, typer.Option(help="Plain HTTP off loopback, where another proxy ends TLS.")] = False,
+    lora: Annotated[list[str] | None, typer.Option(help="Adapters merged into the model: FILE or FILE:SCALE.")] = None,
+    port_file: Annotated[Path | None, typer.Option(help="Write the port here once requests are answered.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run the first steps for devices, over HTTP, until interrupted."""
+    from latentrelay.tools import serve
+
+    serve.run(
+        model,
+        host=host,
+        port=port,
+        revision=revision,
+        config=config,
+        token=token,
+        cert=cert,
+        key=key,
+        insecure=insecure,
+        loras=lora or (),
+        port_file=port_file,
+        as_json=as_json,
+    )
+
+
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", "-p")],
+    bundle: Annotated[Path, typer.Option("--bundle", "-b", help="A bundle's folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The PNG to write.")] = Path("out.png"),
+    cloud: Annotated[str | None, typer.Option(help="Address of a `latentrelay serve`.")] = None,
+    split: Annotated[
+        int | None, typer.Option(min=0, help="First step on the device; half the run if a cloud is given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    negative_prompt: str = "",
+    guidance: Annotated[float | None, typer.Option(help="The bundle's default if not given.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="LATENTRELAY_TOKEN", help="The cloud's bearer token.")] = None,
+    wire_dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
+    fallback: Annotated[bool, typer.Option(help="Run all steps here if the cloud is out of reach.")] = True,
+    backend: Backend = None,
+    no_predict: Annotated[
+        bool, typer.Option("--no-predict", help="Compute every step, also where the bundle predicts some.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a picture with a bundle, alone or with a cloud. Needs the base install only."""
+    from latentrelay.tools import generate
+
+    generate.run(
+        bundle,
+        prompt,
+        output,
+        cloud=cloud,
+        split=split,
+        seed=seed,
+        negative_prompt=negative_prompt,
+        guidance=guidance,
+        token=token,
+        wire_dtype=wire_dtype,
+        fallback=fallback,
+        as_json=as_json,
+        backend=backend,
+        predict=not no_predict,
+    )
+
+
+def verify(
+    bundle: Path,
+    selftest: Annotated[bool, typer.Option(help="Also run the bundle's sample inputs through this machine.")] = False,
+    backend: Backend = None,
+    as_json: Json = False,
+) -> None:
+    """Check every file of a bundle against its manifest; exit status 3 if anything differs."""
+    from latentrelay.tools import verify
+
+    verify.run(bundle, selftest=selftest, as_json=as_json, backend=backend)
