@@ -27,6 +27,7 @@ from latentrelay.cloud.http import (
 )
 from latentrelay.cloud.metrics import Metrics
 from latentrelay.cloud.requests import RunRequest, parse_request
+from latentrelay.cloud.service_options import ServiceOptions
 from latentrelay.cloud.worker import Worker
 from latentrelay.runtime.errors import LatentRelayError
 from starlette.applications import Starlette
@@ -37,6 +38,7 @@ from starlette.routing import Route
 
 Handler = Callable[[Request], Awaitable[Response]]
 _log = logging.getLogger("latentrelay.cloud")
+_DEFAULT_OPTIONS = ServiceOptions()
 
 
 class Service:
@@ -98,23 +100,30 @@ class Service:
         self.metrics.steps.inc()
 
 
-def create_app(engine: Engine, *, token: str | None = None) -> Starlette:
+def create_app(
+    engine: Engine,
+    *,
+    token: str | None = None,
+    tokens: Any = None,
+    store: Any = None,
+    service: ServiceOptions = _DEFAULT_OPTIONS,
+) -> Starlette:
     """The application around a loaded engine; with `token`, all but /healthz needs it. Limits are the engine's."""
-    service = Service(engine, token)
+    shared = Service(engine, token)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        service.worker.close()
+        shared.worker.close()
 
     routes = [
-        _route("/healthz", service.health, "GET", service.metrics),
-        _route("/metrics", service.prometheus, "GET", service.metrics),
-        _route("/v1/capabilities", service.capabilities, "GET", service.metrics),
-        _route("/v1/handoffs", service.handoffs, "POST", service.metrics),
+        _route("/healthz", shared.health, "GET", shared.metrics),
+        _route("/metrics", shared.prometheus, "GET", shared.metrics),
+        _route("/v1/capabilities", shared.capabilities, "GET", shared.metrics),
+        _route("/v1/handoffs", shared.handoffs, "POST", shared.metrics),
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
-    app.state.service = service
+    app.state.service = shared
     return app
 
 
