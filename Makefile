@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+RAY := $(VENV)/.ready-ray
 FOLDERS := cloud compress device_profiles export reference runtime tools
 
 .PHONY: demo test check bars format
@@ -13,8 +14,8 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -q
 
-# Slow, full-size and soak checks by name; figures go to docs/measured/.
-bars: $(READY)
+# Slow, full-size and soak checks by name, Ray's among them; figures go to docs/measured/.
+bars: $(READY) $(RAY)
 	$(BIN)/python -m pytest -q -m "slow or full_size"
 
 check: $(READY)
@@ -37,3 +38,7 @@ $(READY): pyproject.toml
 	echo torch==2.13.0 > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e ".[dev]"
 	touch $(READY)
+
+$(RAY): $(READY)
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -e ".[dev,ray]"
+	touch $(RAY)
