@@ -5,13 +5,20 @@ LatentRelayError
                              |- ModelRefusedError    it can be read, but is not one this service runs  (3: refused)
                              |- PlaintextRefusedError plain HTTP was asked for off loopback            (3: refused)
                              |- RunCancelled         a run was cancelled between two steps
-                             |- QueueFullError       as many runs wait as may wait
+                             |- DeadlinePassedError  a run did not end by its deadline
+                             |- RunFailedError       a run ended for a reason that is the service's own
+                             |- RefusedError         not now: the load is too high; says when to ask again
+                             |  |- QueueFullError        as many runs wait as may wait
+                             |  |- MemoryRefusedError    the run's activations do not fit the memory there is
+                             |  |- DeadlineRefusedError  what is queued leaves no time to meet the deadline
+                             |  |- DrainingError         the service ends and takes nothing new
                              |- ProblemError         a request is answered with an error document
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 from latentrelay.runtime.errors import REFUSED, LatentRelayError
 
@@ -40,12 +47,49 @@ class RunCancelled(ServiceError):
     """The run was cancelled; no handoff was made."""
 
 
-class QueueFullError(ServiceError):
-    """Too many runs are waiting already; `.retry_after_s` is when to ask again."""
+class DeadlinePassedError(ServiceError):
+    """A run's deadline came before its split, or any smaller split it would accept; no handoff was made."""
 
-    def __init__(self, waiting: int, retry_after_s: int) -> None:
-        super().__init__("the queue is full", got=f"{waiting} runs", do=f"Ask again in {retry_after_s} s.")
-        self.retry_after_s = retry_after_s
+
+class RunFailedError(ServiceError):
+    """The network could not be run for a reason that a client can do nothing about and is told nothing of."""
+
+
+class RefusedError(ServiceError):
+    """The service does not take this request on now; `.kind` says why in a word, `.retry_after_s` when to ask again."""
+
+    kind: ClassVar[str] = "refused"
+
+    def __init__(self, what: str, *, retry_after_s: float, got: object = None, expected: object = None) -> None:
+        self.retry_after_s = min(3600, max(1, math.ceil(retry_after_s)))
+        super().__init__(what, got=got, expected=expected, do=f"Ask again in {self.retry_after_s} s.")
+
+
+class QueueFullError(RefusedError):
+    """Too many runs are waiting already."""
+
+    kind = "queue-full"
+
+    def __init__(self, waiting: int, retry_after_s: float) -> None:
+        super().__init__("the queue is full", got=f"{waiting} runs", retry_after_s=retry_after_s)
+
+
+class MemoryRefusedError(RefusedError):
+    """One run of this size needs more memory for its activations than there is."""
+
+    kind = "memory"
+
+
+class DeadlineRefusedError(RefusedError):
+    """What is queued and the measured step times leave no time to reach even the smallest split that is accepted."""
+
+    kind = "deadline-unreachable"
+
+
+class DrainingError(RefusedError):
+    """The service is ending; what it has accepted is finished or left to the next process."""
+
+    kind = "draining"
 
 
 class ProblemError(ServiceError):
