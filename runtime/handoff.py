@@ -3,6 +3,7 @@
 Tensors: `latents` (1, C, h, w) and, where the solver has memory, `x0_prev` of the same shape, both float16 or both
 float32. Metadata stands under one key as canonical JSON, so equal handoffs are equal bytes. The header is parsed here,
 not by a library: sizes, names, dtypes, shapes, overlaps and finiteness are checked before anything else sees the bytes.
+`HandoffMeta.schema_version` decides how it is written: 1.0 spells everything out, 1.1 is the same fields, shorter.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from latentrelay.runtime.digest import canonical_json
 from latentrelay.runtime.errors import HandoffFormatError, HandoffMismatchError
 from latentrelay.runtime.noise import GENERATOR_KIND
 from latentrelay.runtime.strict_json import check_schema_version, parse_record, read_json, record_to_json
+from latentrelay.runtime.timestep_runs import from_runs, to_runs, whole
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from latentrelay.runtime.manifest import Manifest
 
 MEDIA_TYPE = "application/vnd.latentrelay.handoff"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
+WIRE_VERSIONS = ("1.1", "1.0")  # what is written and read here, the newest first; 1.x above that is read
 FAMILIES = ("sd1", "sd2")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 _METADATA_KEY = "latentrelay"
@@ -53,7 +56,9 @@ DEFAULT_LIMITS = HandoffLimits()
 class HandoffMeta:
     """What the latents are. `next_step` is the split k: steps 0..k-1 are done; height and width are pixels.
 
-    `extra` holds top-level keys of a newer minor schema version, kept as they came.
+    `schema_version` is the form it is written in: from 1.1 on, keys at their default are left out, integral numbers are
+    integers, and evenly spaced timesteps are runs (timestep_runs.py). `extra` holds top-level keys of a newer minor
+    version than this code knows, kept as they came.
     """
 
     model_family: str
@@ -84,7 +89,11 @@ class HandoffMeta:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, with the keys of `extra` at the top level."""
         document: dict[str, Any] = record_to_json(self)
-        return {**document.pop("extra"), **document}
+        extra = document.pop("extra")
+        if check_schema_version(self.schema_version) >= 1:
+            document["timesteps"] = to_runs(self.timesteps)
+            document = {key: _short(value) for key, value in document.items() if value != _LEFT_OUT.get(key, ...)}
+        return {**extra, **document}
 
     @classmethod
     def from_dict(cls, document: Any) -> HandoffMeta:
@@ -94,11 +103,28 @@ class HandoffMeta:
         minor = check_schema_version(document.get("schema_version"))
         names = {item.name for item in dataclasses.fields(cls)} - {"extra"}
         unknown = {key: value for key, value in document.items() if key not in names}
-        if unknown and minor == 0:
+        if unknown and minor <= _KNOWN_MINOR:
             raise ValueError(f"unknown key {sorted(unknown)[0]}")
         known = {key: value for key, value in document.items() if key in names}
+        if minor >= 1:
+            known = {"shift_factor": 0.0, **known}
+            if "timesteps" in known:
+                known["timesteps"] = from_runs(known["timesteps"])
         meta: HandoffMeta = dataclasses.replace(parse_record(cls, known), extra=unknown)
         return meta
+
+
+_KNOWN_MINOR = int(SCHEMA_VERSION.split(".")[1])
+_LEFT_OUT: Mapping[str, Any] = {
+    "additional_metadata": {},
+    "generator": GENERATOR_KIND,
+    "latent_space": "sd",
+    "shift_factor": 0.0,
+}
+
+
+def _short(value: Any) -> Any:
+    return whole(value) if isinstance(value, float) else value
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,12 @@ if TYPE_CHECKING:
 class HandoffRequest:
     """Run steps 0 .. split-1 of num_steps and hand over. Sizes are pixels; dtype is the wire's, "float16" | "float32".
 
-    The last three are what the device's bundle was built from; a cloud that serves something else refuses (409).
+    sampler and the digests are what the device's bundle was built from; a cloud that serves something else refuses
+    (409). What follows them is optional and left out of the body at its default, as clouds of version 1.0 refuse it:
+    `wire_versions` handoff schemas that the device reads (None: the client fills in its own), `accept_splits` smaller
+    splits at which the cloud may hand over early to meet `deadline_ms` (milliseconds from when it read the request),
+    `deterministic` a result that does not depend on who shared the batch, `preview` pictures with the progress,
+    `step_cache` the cloud's own cached steps, `schema_version` of the body itself.
     """
 
     prompt: str
@@ -29,6 +33,13 @@ class HandoffRequest:
     sampler: str | None = None
     model_digest: str | None = None
     scheduler_digest: str | None = None
+    wire_versions: tuple[str, ...] | None = None
+    accept_splits: tuple[int, ...] | None = None
+    deadline_ms: int | None = None
+    deterministic: bool = False
+    preview: bool = False
+    step_cache: bool = False
+    schema_version: str | None = None
 
     @classmethod
     def for_bundle(
@@ -59,5 +70,6 @@ class HandoffRequest:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON body; absent fields are left out."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        """The JSON body; absent fields are left out, and the optional switches where they are off."""
+        document = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        return {key: value for key, value in document.items() if value is not None and value is not False}
