@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from latentrelay.runtime.digest import json_digest
 from latentrelay.runtime.errors import BundleLayoutError, BundleTamperedError, ManifestError
-from latentrelay.runtime.prediction_check import check_predicted_steps
+from latentrelay.runtime.prediction_check import NORMAL, check_predicted_steps
 from latentrelay.runtime.samplers import SAMPLERS
 from latentrelay.runtime.strict_json import check_schema_version, parse_record, read_json, record_to_json
 
 MANIFEST_NAME = "manifest.json"
 # 1.1: one guidance branch, the `noise` input, `decoder`. 1.2: precision by component, provider options, a self-test's
-# tolerance by component, Core ML packages. 1.3: predicted steps. Older ones still load.
-SCHEMA_VERSION = "1.3"
+# tolerance by component, Core ML packages. 1.3: predicted steps. 1.4: masks by level, the preview's factors. Older ones
+# still load.
+SCHEMA_VERSION = "1.4"
 MAX_MANIFEST_BYTES = 4 * 2**20
 REQUIRED_COMPONENTS = ("text_encoder", "step_full", "vae_decoder")
 DTYPES = ("float32", "float16", "int64", "int32")
@@ -177,11 +179,13 @@ class SelftestSpec:
 @dataclass(frozen=True)
 class StepMask:
     """One split whose run has predicted steps: "full" or "predicted" for each device step split .. N-1, and the row of
-    the mask-dependent tables that its graphs read."""
+    the mask-dependent tables that its graphs read. `level` "normal", or "hot": another mask for the same split with
+    fewer computed steps, for a device that must give off less heat."""
 
     split: int
     row: int
     mask: tuple[str, ...]
+    level: str = NORMAL
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,25 @@ class PredictionSpec:
     metric: str | None = None
     probe_shape: tuple[int, ...] | None = None
     fallback_threshold: float | None = None
+
+    def mask(self, split: int, level: str = NORMAL) -> StepMask | None:
+        """What a run from `split` follows: the mask of that level, in the place of a hot one that is not there the
+        normal one, and None where every step is computed. Its `level` says which it is."""
+        found = {mask.level: mask for mask in self.masks if mask.split == split}
+        return found.get(level) or found.get(NORMAL)
+
+
+@dataclass(frozen=True)
+class PreviewSpec:
+    """A linear picture of latents: RGB in 0..1 of a latent pixel is `factors @ latent + bias`, to be clipped.
+
+    `factors` 3 rows (red, green, blue) of C, `bias` 3. They take latents as `run_steps` yields them and a handoff
+    carries them: before division by `LatentSpec.scaling_factor`, and with no decoder's scaling or shift. Fitted on
+    finished latents; of a step in the run's middle, x0_prev is nearer to those than the noisy latents are.
+    """
+
+    factors: tuple[tuple[float, ...], ...]
+    bias: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -228,6 +251,7 @@ class Manifest:
     decoder: DecoderSpec | None = None
     coreml: tuple[CoreMLPackage, ...] = ()
     prediction: PredictionSpec | None = None
+    preview: PreviewSpec | None = None
     additional_metadata: Mapping[str, Any] = field(default_factory=dict)
     schema_version: str = SCHEMA_VERSION
     digest: str = ""
@@ -375,6 +399,18 @@ def _check_numbers(manifest: Manifest) -> None:
                     f"components.{name}.{port.name}: got dtype {port.dtype}, expected {' | '.join(DTYPES)}"
                 )
     check_predicted_steps(manifest)
+    if manifest.preview is not None:
+        _check_preview(manifest.preview, latent.channels)
+
+
+def _check_preview(preview: PreviewSpec, channels: int) -> None:
+    shape, bias = [len(row) for row in preview.factors], preview.bias
+    if shape != [channels] * 3 or len(bias) != 3:
+        raise ValueError(
+            f"preview: got factors with rows of {shape} and {len(bias)} in bias, expected 3 of {channels}, and 3"
+        )
+    if not all(math.isfinite(value) for row in (*preview.factors, bias) for value in row):
+        raise ValueError("preview holds NaN or Inf, expected finite numbers")
 
 
 def replace_files(manifest: Manifest, files: tuple[FileEntry, ...]) -> Manifest:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentrelay.runtime.manifest import Component, Manifest, Port, PredictionSpec, StepMask
 
 FULL, PREDICTED = "full", "predicted"
+NORMAL, HOT = "normal", "hot"
+LEVELS = (NORMAL, HOT)
 STEP_FULL, STEP_PREDICTED = "step_full", "step_predicted"
 _TARGETS, _METRICS, _DTYPES = ("whole_output", "deep_feature"), ("l2", "cosine"), ("float32", "float16")
 LADDER_ROLES = ("feature_ladder", "probe_ladder")
@@ -33,13 +35,17 @@ def check_predicted_steps(manifest: Manifest) -> None:
     _check_settings(manifest, spec)
     for mask in spec.masks:
         _check_mask(mask, manifest.schedule.num_steps)
-    rows, splits = [mask.row for mask in spec.masks], [mask.split for mask in spec.masks]
+    rows = [mask.row for mask in spec.masks]
     if sorted(rows) != list(range(1, len(rows) + 1)):
         raise ValueError(
             f"prediction.masks: got rows {rows}, expected 1 .. {len(rows)}, each once; row 0 predicts none"
         )
-    if len(set(splits)) != len(splits):
-        raise ValueError(f"prediction.masks: got splits {splits}, expected each once")
+    for level in LEVELS:
+        splits = [mask.split for mask in spec.masks if mask.level == level]
+        if len(set(splits)) != len(splits):
+            raise ValueError(f"prediction.masks: level {level} got splits {splits}, expected each once")
+    for mask in spec.masks:
+        _check_hot(mask, spec)
     _check_full(full, spec)
     predicted = manifest.components.get(STEP_PREDICTED)
     if predicted is not None:
@@ -52,22 +58,36 @@ def check_plan(manifest: Manifest, text: bytes) -> None:
     """Raise ValueError where the masks and rows of `text`, a bundle's plan.json, are not the manifest's."""
     try:
         recipe = json.loads(text)["recipe"]
-        masks = {each["split"]: tuple(each["mask"]) for each in recipe["splits"] if PREDICTED in each["mask"]}
-        rows = {int(split): row for split, row in recipe.get("prediction", {}).get("rows", {}).items()}
+        masks = {_key(each): tuple(each["mask"]) for each in recipe["splits"] if PREDICTED in each["mask"]}
+        rows = {_named(name): row for name, row in recipe.get("prediction", {}).get("rows", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it is not a plan: {type(error).__name__} {error}") from error
     declared = manifest.prediction.masks if manifest.prediction is not None else ()
-    ours = {mask.split: mask for mask in declared if PREDICTED in mask.mask}
-    for split in sorted(set(masks) | set(ours)):
-        got, planned = ours.get(split), masks.get(split)
+    ours = {(mask.split, mask.level): mask for mask in declared if PREDICTED in mask.mask}
+    for key in sorted(set(masks) | set(ours)):
+        got, planned = ours.get(key), masks.get(key)
+        where = f"prediction.masks: {_place(*key)}"
         if got is None or got.mask != planned:
             shown = "no predicted step" if got is None else ", ".join(got.mask)
             wanted = "no predicted step" if planned is None else ", ".join(planned)
-            raise ValueError(f"prediction.masks: split {split} has {shown}, expected what the plan has: {wanted}")
-        if got.row != rows.get(split):
-            raise ValueError(
-                f"prediction.masks: split {split} has row {got.row}, expected the plan's {rows.get(split)}"
-            )
+            raise ValueError(f"{where} has {shown}, expected what the plan has: {wanted}")
+        if got.row != rows.get(key):
+            raise ValueError(f"{where} has row {got.row}, expected the plan's {rows.get(key)}")
+
+
+def _key(planned: dict[str, Any]) -> tuple[int, str]:
+    """A plan's split and level; plans before 1.4 have no level."""
+    return planned["split"], planned.get("level", NORMAL)
+
+
+def _named(name: str) -> tuple[int, str]:
+    """ "8" and "8 hot", as a plan names its rows."""
+    split, _, level = name.partition(" ")
+    return int(split), level or NORMAL
+
+
+def _place(split: int, level: str) -> str:
+    return f"split {split}" if level == NORMAL else f"split {split}, level {level},"
 
 
 def _check_settings(manifest: Manifest, spec: PredictionSpec) -> None:
@@ -97,7 +117,9 @@ def _check_settings(manifest: Manifest, spec: PredictionSpec) -> None:
 
 
 def _check_mask(mask: StepMask, num_steps: int) -> None:
-    where = f"prediction.masks: split {mask.split}"
+    where = f"prediction.masks: {_place(mask.split, mask.level)}"
+    if mask.level not in LEVELS:
+        raise ValueError(f"prediction.masks: split {mask.split} has level {mask.level}, expected {' | '.join(LEVELS)}")
     if not 0 <= mask.split < num_steps:
         raise ValueError(f"{where} is out of range, expected 0 .. {num_steps - 1}")
     if len(mask.mask) != num_steps - mask.split:
@@ -107,6 +129,19 @@ def _check_mask(mask: StepMask, num_steps: int) -> None:
         raise ValueError(f"{where} has the entry {unknown[0]}, expected {FULL} | {PREDICTED}")
     if mask.mask[0] != FULL:
         raise ValueError(f"{where} predicts its first step, which has no ladder yet, expected {FULL}")
+
+
+def _check_hot(mask: StepMask, spec: PredictionSpec) -> None:
+    """A hot run computes fewer steps than the split's normal one, which is the whole network where it has no mask."""
+    if mask.level != HOT:
+        return
+    normal = next((each.mask for each in spec.masks if (each.split, each.level) == (mask.split, NORMAL)), None)
+    most = len(mask.mask) if normal is None else normal.count(FULL)
+    if mask.mask.count(FULL) >= most:
+        raise ValueError(
+            f"prediction.masks: {_place(mask.split, HOT)} computes {mask.mask.count(FULL)} steps, expected fewer than "
+            f"the {most} of level {NORMAL}"
+        )
 
 
 def _check_full(full: Component, spec: PredictionSpec) -> None:

@@ -21,7 +21,7 @@ from latentrelay.runtime.errors import RequestError, SessionError
 from latentrelay.runtime.ladders import Ladders
 from latentrelay.runtime.manifest import Component, Manifest, StepMask
 from latentrelay.runtime.noise import NoiseStream, initial_noise
-from latentrelay.runtime.prediction_check import FULL, PREDICTED, STEP_FULL, STEP_PREDICTED
+from latentrelay.runtime.prediction_check import FULL, LEVELS, NORMAL, PREDICTED, STEP_FULL, STEP_PREDICTED
 from latentrelay.runtime.selftest import SelftestReport, run_selftest
 from latentrelay.runtime.step_loop import Float32, Route, StepEvent, finite, loop
 from latentrelay.runtime.tokenizer import PromptTokenizer
@@ -145,10 +145,18 @@ class Session:
         noise = initial_noise(seed, (1, latent.channels, latent.height, latent.width))
         return noise * np.float32(self.manifest.schedule.init_noise_sigma)
 
-    def step_graphs(self, first_step: int, predict: bool = True) -> tuple[str, ...]:
-        """The step graphs that a run from `first_step` uses."""
-        mask = self._mask(first_step, predict)
+    def step_graphs(self, first_step: int, predict: bool = True, *, level: str = NORMAL) -> tuple[str, ...]:
+        """The step graphs that a run from `first_step` at `level` uses."""
+        mask = self.mask(first_step, predict, level=level)
         return (STEP_FULL, STEP_PREDICTED) if mask is not None and PREDICTED in mask.mask else (STEP_FULL,)
+
+    def mask(self, first_step: int, predict: bool = True, *, level: str = NORMAL) -> StepMask | None:
+        """The mask that a run from `first_step` at `level` follows, the normal one where the split has no hot one (its
+        `level` says which); None where every step is computed. Raises RequestError for an unknown level."""
+        if level not in LEVELS:
+            raise RequestError("unknown level of prediction", got=level, expected=" | ".join(LEVELS))
+        prediction = self.manifest.prediction if predict else None
+        return prediction.mask(first_step, level) if prediction is not None else None
 
     def run_steps(
         self,
@@ -161,14 +169,16 @@ class Session:
         *,
         predict: bool = True,
         fallback_threshold: float | None = None,
+        level: str = NORMAL,
     ) -> Generator[StepEvent]:
         """Run steps first_step .. N-1 and yield an event after each; stop iterating to stop the run.
 
         latents (1, C, h, w); x0_prev the same or None where no step was made yet (or the solver has no memory);
         prompt_embeds (2, T, D), or (1, T, D) with one guidance branch; seed of the whole run, needed where the sampler
         adds noise at each step. `predict=False` computes every step. `fallback_threshold`: the probe error above which
-        a predicted step is computed after all, in the place of the manifest's (inf: never). Raises RequestError at once
-        on arguments that do not fit, NonFiniteError naming the step.
+        a predicted step is computed after all, in the place of the manifest's (inf: never). `level` "normal", or "hot"
+        for the mask with fewer computed steps where the bundle has one for this split. Raises RequestError at once on
+        arguments that do not fit, NonFiniteError naming the step.
         """
         schedule, spec = self.manifest.schedule, self._component(STEP_FULL)
         if not 0 <= first_step <= schedule.num_steps:
@@ -184,7 +194,7 @@ class Session:
                 raise RequestError("this sampler adds noise at each step", expected="the seed of the run")
             noise = NoiseStream(seed, latents.shape)
             noise.skip(1 + first_step)  # the initial noise, and one draw for each step made elsewhere
-        mask, limit = self._mask(first_step, predict), self._limit(fallback_threshold)
+        mask, limit = self.mask(first_step, predict, level=level), self._limit(fallback_threshold)
         kinds = mask.mask if mask is not None else (FULL,) * (schedule.num_steps - first_step)
         route = Route(first_step, kinds, mask.row if mask is not None else 0, limit, noise)
         state = {"latents": latents, "x0_prev": memory, "prompt_embeds": prompt_embeds, "guidance": np.array(guidance)}
@@ -199,11 +209,6 @@ class Session:
             yield from loop(self.run_component, self.manifest, route, state, ladders)
         finally:
             self._ladders = ladders
-
-    def _mask(self, first_step: int, predict: bool) -> StepMask | None:
-        prediction = self.manifest.prediction if predict else None
-        masks = prediction.masks if prediction is not None else ()
-        return next((mask for mask in masks if mask.split == first_step), None)
 
     def _limit(self, asked: float | None) -> float:
         prediction = self.manifest.prediction

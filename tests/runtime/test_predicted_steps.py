@@ -29,17 +29,25 @@ from latentrelay.runtime.ladders import Ladders
 from latentrelay.runtime.manifest import BackendSpec, PredictionSpec, StepMask
 from onnx import TensorProto as T
 
-RUNGS, ROWS, STEPS, LATENT = 2, 3, 4, (1, 4, 2, 2)
-MASKS = (StepMask(0, 1, ("full", "predicted", "full", "predicted")), StepMask(1, 2, ("full", "full", "predicted")))
+RUNGS, ROWS, STEPS, LATENT = 2, 6, 4, (1, 4, 2, 2)
+MASKS = (
+    StepMask(0, 1, ("full", "predicted", "full", "predicted")),
+    StepMask(1, 2, ("full", "full", "predicted")),
+    StepMask(0, 3, ("full", "predicted", "predicted", "predicted"), "hot"),
+    StepMask(1, 4, ("full", "predicted", "predicted"), "hot"),
+    StepMask(2, 5, ("full", "predicted"), "hot"),  # whose normal run computes every step
+)
 FEATURE, PROBE = (RUNGS, 2, 4, 2, 2), (RUNGS, 2, 1, 2, 2)
 UPDATE = np.zeros((ROWS, STEPS, RUNGS, 1 + RUNGS), np.float32)  # L'_o = U[o, 0] y + sum U[o, 1 + p] L_p
 UPDATE[1, 0, 0, 0] = UPDATE[2, 1, 0, 0] = 1.0  # the first computed step: rung 0 alone
 UPDATE[1, 2] = [[1, 0, 0], [0.5, -0.5, 0]]  # the next, two steps on
 UPDATE[2, 2] = [[1, 0, 0], [1, -1, 0]]  # the next, one step on
+UPDATE[3, 0, 0, 0] = UPDATE[4, 1, 0, 0] = UPDATE[5, 2, 0, 0] = 1.0  # hot: one value is held
 CANDIDATES = np.zeros((ROWS, STEPS, RUNGS), np.float32)
 CANDIDATES[1, 1], CANDIDATES[1, 3], CANDIDATES[2, 3] = [1, 0], [1, 1], [1, 1]
+CANDIDATES[3, 1:], CANDIDATES[4, 2:], CANDIDATES[5, 3] = [1, 0], [1, 0], [1, 0]
 OFFSET = np.zeros((ROWS, STEPS), np.float32)
-OFFSET[1] = [0.0, 0.25, 0.0, 0.75]
+OFFSET[1], OFFSET[3] = [0.0, 0.25, 0.0, 0.75], [0.0, 0.5, 0.0, 0.125]
 ERRORS = np.array([0, 0.2, 0, 0.4], np.float32)
 CHOICES = np.array([[0, 0], [5, 3], [0, 0], [8, 0]], np.int64)
 PREDICTION = PredictionSpec("whole_output", FEATURE, MASKS)
@@ -241,6 +249,36 @@ def test_each_split_follows_its_mask(
             assert tuple(event.kind for event in events) == kinds
             same(events, expected(session, kit, first, kinds, row), tolerance)
             assert {(event.choices, event.probe_error) for event in events} == {(None, None)}
+
+
+def test_a_hot_run_follows_its_own_mask_and_row_and_a_normal_one_is_as_before(
+    predicting: Callable[..., Path], kit: SimpleNamespace, backend: str
+) -> None:
+    with Session(Bundle.open(predicting()), backend=backend, threads=1) as session:
+        before = [event.latents for event in run(session)]
+        for mask in MASKS[2:]:
+            events = run(session, mask.split, level="hot")
+            assert tuple(event.kind for event in events) == mask.mask
+            same(events, expected(session, kit, mask.split, mask.mask, mask.row))
+        np.testing.assert_array_equal([event.latents for event in run(session)], before)
+        assert {event.kind for event in run(session, 2)} == {"full"}
+        assert {event.kind for event in run(session, 0, predict=False, level="hot")} == {"full"}
+
+
+def test_where_there_is_no_hot_mask_the_normal_one_holds(predicting: Callable[..., Path]) -> None:
+    spec = replace(PREDICTION, masks=(*MASKS[:2], replace(MASKS[4], row=3)))
+    with Session(Bundle.open(predicting(prediction=spec)), threads=1) as session:
+        assert tuple(event.kind for event in run(session, 1, level="hot")) == MASKS[1].mask
+        assert (session.mask(1, level="hot"), session.mask(3, level="hot")) == (MASKS[1], None)
+        assert session.mask(2) is None
+        assert session.mask(2, predict=False, level="hot") is None
+        assert session.step_graphs(2) == session.step_graphs(3, level="hot") == ("step_full",)
+        assert session.step_graphs(2, level="hot") == ("step_full", "step_predicted")
+        for ask in (session.mask, session.step_graphs):
+            with pytest.raises(RequestError, match="level"):
+                ask(0, level="cold")
+        with pytest.raises(RequestError, match="level"):
+            run(session, 0, level="cold")
 
 
 def test_a_run_without_prediction_is_the_plain_bundle_bit_for_bit(

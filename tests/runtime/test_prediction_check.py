@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from latentrelay.runtime import Bundle
 from latentrelay.runtime.errors import ManifestError
-from latentrelay.runtime.manifest import Component, Manifest, Port, PredictionSpec, StepMask
+from latentrelay.runtime.manifest import Component, Manifest, Port, PredictionSpec, PreviewSpec, StepMask
 
 FEATURE, PROBE = (2, 2, 4, 2, 2), (2, 2, 8, 2, 2)
 FULL_RUN = ("full", "predicted", "full", "predicted")
 MASKS = (StepMask(0, 1, FULL_RUN), StepMask(2, 2, ("full", "predicted")))
+HOT = StepMask(0, 3, ("full", "predicted", "predicted", "predicted"), "hot")
 SPEC = PredictionSpec("whole_output", FEATURE, MASKS)
 CHOOSING = replace(SPEC, probe="P1", metric="l2", probe_shape=PROBE, fallback_threshold=0.5)
 
@@ -46,7 +47,8 @@ def with_port(ports: tuple[Port, ...], role: str, **changes: Any) -> tuple[Port,
 
 
 def test_what_fits_is_read_again(bundle_folder: Path, kit: SimpleNamespace) -> None:
-    for spec, probe in ((SPEC, False), (CHOOSING, True), (replace(SPEC, masks=()), False)):
+    hot = replace(SPEC, masks=(*MASKS, HOT, StepMask(1, 4, ("full", "full", "predicted"), "hot")))
+    for spec, probe in ((SPEC, False), (CHOOSING, True), (replace(SPEC, masks=()), False), (hot, False)):
         manifest = kit.reseal(bundle_folder, components=parts(kit, probe), prediction=spec)
         assert Bundle.open(bundle_folder).manifest.prediction == spec
         assert Manifest.from_json_bytes(manifest.to_json_bytes()) == manifest
@@ -64,7 +66,12 @@ def test_what_fits_is_read_again(bundle_folder: Path, kit: SimpleNamespace) -> N
         ((StepMask(0, 0, FULL_RUN),), r"got rows \[0\], expected 1 \.\. 1"),
         ((StepMask(0, 3, FULL_RUN), MASKS[1]), r"got rows \[3, 2\]"),
         ((MASKS[0], replace(MASKS[1], row=1)), r"got rows \[1, 1\]"),
-        ((MASKS[0], replace(MASKS[0], row=2)), r"got splits \[0, 0\]"),
+        ((MASKS[0], replace(MASKS[0], row=2)), r"level normal got splits \[0, 0\]"),
+        ((*MASKS, HOT, replace(HOT, row=4)), r"level hot got splits \[0, 0\]"),
+        ((*MASKS, replace(HOT, level="cold")), r"split 0 has level cold, expected normal \| hot"),
+        ((*MASKS, replace(HOT, mask=FULL_RUN)), "split 0, level hot, computes 2 steps, expected fewer than the 2 of"),
+        ((replace(HOT, split=1, row=1, mask=("full",) * 3),), "computes 3 steps, expected fewer than the 3 of"),
+        ((*MASKS, replace(HOT, row=2)), r"got rows \[1, 2, 2\]"),
     ],
 )
 def test_masks_and_rows(bundle_folder: Path, kit: SimpleNamespace, masks: tuple[StepMask, ...], words: str) -> None:
@@ -179,6 +186,51 @@ def test_masks_that_are_not_the_plans(
         with pytest.raises(ManifestError, match=words) as caught:
             Bundle.open(bundle_folder, verify=False)
         assert caught.value.path == "plan.json"
+
+
+@pytest.mark.parametrize(
+    ("level", "row", "words"),
+    [
+        ({"level": "hot"}, {"0 hot": 3}, None),
+        ({"level": "hot"}, {"0 hot": 4}, "split 0, level hot, has row 3, expected the plan's 4"),
+        ({"level": "hot"}, {"1 hot": 3}, "split 0, level hot, has row 3, expected the plan's None"),
+        (None, {}, "split 0, level hot, has full, predicted, .* expected what the plan has: no predicted step"),
+        (
+            {"level": "hot", "mask": ["full", "full", "full", "predicted"]},
+            {"0 hot": 3},
+            "expected what the plan has: full",
+        ),
+    ],
+)
+def test_hot_masks_and_their_rows_are_the_plans(
+    bundle_folder: Path, kit: SimpleNamespace, level: dict[str, Any] | None, row: dict[str, int], words: str | None
+) -> None:
+    spec = replace(SPEC, masks=(*MASKS, HOT))
+    splits = [{"split": mask.split, "mask": list(mask.mask), "level": "normal"} for mask in MASKS]
+    splits += [] if level is None else [{"split": 0, "mask": list(HOT.mask), **level}]
+    plan = {"schema_version": "1.4", "recipe": {"splits": splits, "prediction": {"rows": {"0": 1, "2": 2, **row}}}}
+    (bundle_folder / "plan.json").write_text(json.dumps(plan))
+    kit.reseal(bundle_folder, components=parts(kit), prediction=spec)
+    if words is None:
+        assert Bundle.open(bundle_folder, verify=False).manifest.prediction == spec
+    else:
+        with pytest.raises(ManifestError, match=words):
+            Bundle.open(bundle_folder, verify=False)
+
+
+def test_factors_of_the_preview(bundle_folder: Path, kit: SimpleNamespace) -> None:
+    rows, bias = ((0.25, 0.5, -0.125, 0.0),) * 3, (0.5, 0.25, 0.125)
+    kit.reseal(bundle_folder, preview=PreviewSpec(rows, bias))
+    assert Bundle.open(bundle_folder).manifest.preview == PreviewSpec(rows, bias)
+    for preview, words in (
+        (PreviewSpec(rows[:2], bias), r"rows of \[4, 4\] and 3 in bias, expected 3 of 4"),
+        (PreviewSpec((*rows[:2], rows[0][:3]), bias), r"rows of \[4, 4, 3\]"),
+        (PreviewSpec(rows, bias[:2]), "2 in bias"),
+    ):
+        with pytest.raises(ManifestError, match=words):
+            kit.make_manifest(bundle_folder, preview=preview)
+    with pytest.raises(ManifestError, match="finite"):
+        kit.make_manifest(bundle_folder, preview=PreviewSpec(rows, (0.0, 0.0, float("nan"))))
 
 
 def test_a_plan_with_predicted_steps_and_a_manifest_without(bundle_folder: Path, kit: SimpleNamespace) -> None:

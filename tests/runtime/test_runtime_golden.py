@@ -56,3 +56,35 @@ def test_the_bundle_with_predicted_steps_makes_the_same_latents_in_the_same_way(
         np.testing.assert_allclose(result.latents.ravel(), PREDICTED, atol=2e-3)  # float16 ladders
         plain = generate(session, "a red circle", negative_prompt="blue", seed=7, predict=False)
     np.testing.assert_allclose(plain.latents.ravel(), LATENTS, atol=1e-5)
+
+
+LEVELS_DIGEST = "sha256:361bb05ff4153a076c384cff7bf5ed0b41f012b8e09adc8c14d2287a95194114"
+NORMAL = [0.22838561, 0.50205028, 0.61533606, 0.10047016, 0.37077126, 0.45863947, 0.27863747, 0.2295552]
+NORMAL += [0.54760182, 0.30436191, 0.2005133, 0.31689855, 0.48372528, 0.5266788, 0.41621459, 0.53760868]
+HOT = [-0.05681253, 0.21272877, 0.32430786, -0.18280077, 0.09416119, 0.17769969, 0.00656728, -0.04009645]
+HOT += [0.26197231, 0.04585869, -0.04640866, 0.05699724, 0.20357105, 0.23729956, 0.15055946, 0.24588196]
+
+
+def test_the_bundle_with_levels_makes_the_same_latents_at_each_and_has_its_preview() -> None:
+    bundle = Bundle.open(GOLDEN / "bundle-1.4")
+    assert bundle.digest == LEVELS_DIGEST
+    assert bundle.manifest.schema_version == "1.4"
+    preview = bundle.manifest.preview
+    assert preview is not None
+    assert (preview.factors[0], preview.bias) == ((0.75, 0.125, 0.0, 0.0), (0.625, 0.625, 0.5))
+    with Session(bundle) as session:
+        assert session.selftest().ok
+        start, embeds = session.initial_latents(7), session.encode("a red circle", "blue")
+        for level, predicted, latents in (("normal", 2, NORMAL), ("hot", 3, HOT)):
+            events = list(session.run_steps(start, None, 0, embeds, 2.0, level=level))
+            assert [event.kind for event in events].count("predicted") == predicted
+            np.testing.assert_allclose(events[-1].latents.ravel(), latents, atol=1e-5)
+        assert session.mask(2, level="hot") is not None
+        assert session.mask(2) is None
+
+
+def test_older_bundles_have_normal_masks_alone_and_no_preview() -> None:
+    with Session(Bundle.open(GOLDEN / "bundle-1.3")) as session:
+        assert session.manifest.preview is None
+        assert session.mask(0, level="hot") == session.mask(0)
+        assert session.step_graphs(2, level="hot") == ("step_full",)
