@@ -2,23 +2,31 @@
 
 `Bundle.open` reads manifest.json, walks the folder, and refuses links, special files, paths that leave the folder,
 files that the manifest does not list or that are missing, sizes and sha256 that differ, and ONNX graphs whose external
-data lies anywhere but beside them in a listed file. Masks of predicted steps must be those of the bundle's plan.
+data lies anywhere but beside them in a listed file. Masks of predicted steps must be those of the bundle's plan. With a
+public key, the bundle must be signed by it; the signature is the one file that the manifest does not list.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from latentrelay.runtime.digest import sha256_file
-from latentrelay.runtime.errors import BundleLayoutError, BundleTamperedError, ManifestError
+from latentrelay.runtime.errors import (
+    BundleLayoutError,
+    BundleTamperedError,
+    ManifestError,
+    RequestError,
+)
 from latentrelay.runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, check_path
 from latentrelay.runtime.onnx_paths import external_locations
 from latentrelay.runtime.prediction_check import check_plan
+from latentrelay.runtime.regular_files import check_regular, regular_files
+from latentrelay.runtime.signature import SIGNATURE_NAME, PublicKey, SignedFiles, check_covers, read_signature
 
 PLAN_NAME = "plan.json"
 _AGAIN = "Fetch the bundle again, or build it again."
@@ -26,10 +34,14 @@ _AGAIN = "Fetch the bundle again, or build it again."
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: absolute folder and parsed manifest. Make one with `Bundle.open`."""
+    """An opened bundle: absolute folder and parsed manifest. Make one with `Bundle.open`.
+
+    `signed_by` is the fingerprint of the key whose signature was verified, None where none was asked for.
+    """
 
     path: Path
     manifest: Manifest
+    signed_by: str | None = None
 
     @property
     def digest(self) -> str:
@@ -53,16 +65,27 @@ class Bundle:
         path: str | os.PathLike[str],
         verify: bool = True,
         on_file: Callable[[FileEntry], None] | None = None,
+        *,
+        public_key: PublicKey | None = None,
+        require_signature: bool | None = None,
     ) -> Bundle:
         """Open the bundle in folder `path`.
 
         `verify=False` leaves out the sha256 of the files (for a bundle verified before, on a disk you trust); layout,
-        sizes, external data, masks and the manifest's own digest are checked always. `on_file` is called before each
-        file is hashed. Raises ManifestError, BundleLayoutError, BundleTamperedError.
+        sizes, external data, masks, the signature and the manifest's own digest are checked always. `on_file` is called
+        before each file is hashed. `public_key`, PEM bytes or the path of a PEM file: the bundle must be signed with
+        it; `require_signature=False` lets one without a signature pass all the same, never one with another.
+        Raises ManifestError, BundleLayoutError, BundleTamperedError, BundleSignatureError, RequestError.
         """
         root = Path(path).resolve()
-        bundle = cls(root, _read_manifest(root))
+        key = _signed_by(root, public_key, require_signature)
+        text = _read_manifest(root)
+        bundle = cls(root, Manifest.from_json_bytes(text), key.key if key else None)
         _check_layout(bundle)
+        if key is not None:
+            digests = {entry.path: entry.sha256 for entry in bundle.files}
+            digests[MANIFEST_NAME] = hashlib.sha256(text).hexdigest()
+            check_covers(key, digests, set(digests))
         for entry in bundle.files:
             _check_size(root, entry)
         for entry in bundle.files if verify else ():
@@ -76,7 +99,22 @@ class Bundle:
         return bundle
 
 
-def _read_manifest(root: Path) -> Manifest:
+def _signed_by(root: Path, public_key: PublicKey | None, required: bool | None) -> SignedFiles | None:
+    """What the bundle's signature covers; None where no key was given, or none is there and none is required."""
+    if public_key is None:
+        if required:
+            raise RequestError("a signature is required but there is no key to verify it with", do="Give a public key.")
+        return None
+    path = root / SIGNATURE_NAME
+    if not os.path.lexists(path):
+        if required is False or not os.path.lexists(root / MANIFEST_NAME):  # no bundle at all is said as such
+            return None
+    else:
+        check_regular(root, SIGNATURE_NAME)
+    return read_signature(path, public_key)
+
+
+def _read_manifest(root: Path) -> bytes:
     path = root / MANIFEST_NAME
     if not root.is_dir() or not os.path.lexists(path):
         raise ManifestError(
@@ -84,13 +122,13 @@ def _read_manifest(root: Path) -> Manifest:
             path=MANIFEST_NAME,
             do="Give the folder that `latentrelay build` wrote.",
         )
-    _check_regular(root, MANIFEST_NAME)
+    check_regular(root, MANIFEST_NAME)
     with path.open("rb") as file:
-        return Manifest.from_json_bytes(file.read(MAX_MANIFEST_BYTES + 1))
+        return file.read(MAX_MANIFEST_BYTES + 1)
 
 
 def _check_layout(bundle: Bundle) -> None:
-    found = set(_walk(bundle.path))
+    found = set(regular_files(bundle.path)) - {SIGNATURE_NAME}
     listed = {entry.path for entry in bundle.files} | {MANIFEST_NAME}
     for path in sorted(found - listed):
         raise BundleLayoutError(
@@ -98,39 +136,6 @@ def _check_layout(bundle: Bundle) -> None:
         )
     for path in sorted(listed - found):
         raise BundleLayoutError("a file of the manifest is missing", path=path, expected=path, do=_AGAIN)
-
-
-def _walk(root: Path) -> list[str]:
-    """POSIX paths of all regular files below root; links and special files are refused on the way."""
-    paths, folders = [], [""]
-    while folders:
-        folder = folders.pop()
-        for entry in sorted(os.scandir(root / folder), key=lambda item: item.name):
-            path = posixpath.join(folder, entry.name)
-            if entry.is_dir(follow_symlinks=False) and not _is_junction(entry):
-                folders.append(path)
-            else:
-                _check_regular(root, path)
-                paths.append(path)
-    return paths
-
-
-def _is_junction(entry: os.DirEntry[str]) -> bool:
-    """Windows' directory junctions are links that `is_symlink` does not show."""
-    attributes = getattr(entry.stat(follow_symlinks=False), "st_reparse_tag", 0)
-    return bool(attributes)
-
-
-def _check_regular(root: Path, path: str) -> None:
-    mode = (root / path).lstat().st_mode
-    if not stat.S_ISREG(mode):
-        kind = "a link" if stat.S_ISLNK(mode) else "not a regular file"
-        raise BundleLayoutError(
-            f"{path} is {kind}",
-            path=path,
-            expected="regular files and folders only",
-            do="Copy the bundle without links.",
-        )
 
 
 def _check_size(root: Path, entry: FileEntry) -> None:

@@ -3,6 +3,7 @@
 LatentRelayError
 |- BundleError            |- BundleLayoutError     a link, an absolute path, `..`, a missing or an extra file
 |                         |- BundleTamperedError   a size, a sha256 or the manifest's own digest differs
+|                         |- BundleSignatureError  unsigned, signed with another key, or not what was signed
 |                         |- ManifestError         manifest.json does not follow the schema
 |- HandoffError           |- HandoffFormatError    truncated, oversized, wrong dtype or name, not finite
 |                         |- HandoffMismatchError  well formed, but made for another model, scheduler, size or prompt
@@ -61,6 +62,10 @@ class BundleLayoutError(BundleError):
 
 class BundleTamperedError(BundleError):
     """A file's size or sha256, or the manifest's own digest, is not what the manifest says; see `.path`."""
+
+
+class BundleSignatureError(BundleError):
+    """A bundle is not signed, or its signature is not valid for the key, or does not cover the files as they are."""
 
 
 class ManifestError(BundleError):
