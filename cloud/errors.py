@@ -4,6 +4,7 @@ LatentRelayError
 └── ServiceError             |- ModelLoadError       the pipeline cannot be read                       (1: failed)
                              |- ModelRefusedError    it can be read, but is not one this service runs  (3: refused)
                              |- PlaintextRefusedError plain HTTP was asked for off loopback            (3: refused)
+                             |- ReplicaError         the replicas of a service did not start            (1: failed)
                              |- RunCancelled         a run was cancelled between two steps
                              |- DeadlinePassedError  a run did not end by its deadline
                              |- RunFailedError       a run ended for a reason that is the service's own
@@ -41,6 +42,10 @@ class PlaintextRefusedError(ServiceError):
     """Plain HTTP was asked for on an address that other machines reach."""
 
     exit_status = REFUSED
+
+
+class ReplicaError(ServiceError):
+    """The replicas of a service did not start."""
 
 
 class RunCancelled(ServiceError):

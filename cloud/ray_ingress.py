@@ -1,0 +1,143 @@
+"""The socket's side of a service with replicas: an ASGI application that hands every request to one of them.
+
+In: requests from uvicorn. Out: the replica's answer, message by message. A replica that is lost before it has answered
+is replaced by another one: every request of the service may be repeated, because a POST without an idempotency key gets
+one here. Lost later, the connection ends, and the client resumes. Nothing of Ray is imported here; see `Call`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from latentrelay.cloud.errors import ProblemError
+
+Message = dict[str, Any]
+Call = Callable[[Message, bytes], AsyncGenerator[list[Message], None]]  # raises ReplicaLost
+_SCOPE = (
+    "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers",
+    "client", "server",
+)  # fmt: skip
+_AGAIN_S = 0.1
+
+
+class ReplicaLost(Exception):
+    """The replica that had a request has ended, or none takes it now."""
+
+
+class Ingress:
+    """`call` reaches a replica. A request no replica takes within `patience_s` is answered with 503.
+
+    `metrics()` is the text of all replicas, which replaces that of the one that was asked. Bodies longer than
+    max_body_bytes are cut off after that many, for the replica to refuse.
+    """
+
+    def __init__(
+        self, call: Call, *, metrics: Callable[[], Any], max_body_bytes: int = 64 * 1024, patience_s: float = 20.0
+    ) -> None:
+        self._call, self._metrics = call, metrics
+        self._max_body_bytes, self._patience_s = max_body_bytes, patience_s
+        self.stopping = False
+
+    async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
+        """Answer one request."""
+        body = await _body(receive, self._max_body_bytes)
+        if body is None:
+            return
+        sent = {key: scope[key] for key in _SCOPE if key in scope}
+        sent["headers"] = _with_key(scope)
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await self._answered(sent, body, gone, send)
+        finally:
+            gone.cancel()
+
+    async def _answered(self, scope: Message, body: bytes, gone: asyncio.Future[None], send: Any) -> None:
+        patience_s = 2.0 if scope["path"] in ("/healthz", "/readyz") else self._patience_s
+        deadline = time.monotonic() + patience_s
+        while True:
+            begun = False
+            try:
+                async with aclosing(self._call(scope, body)) as batches:
+                    async for message in _until(batches, gone, deadline):
+                        begun = True
+                        await send(message)
+                return
+            except ReplicaLost:
+                if begun or gone.done():
+                    return  # uvicorn ends a connection whose answer is not complete
+            if time.monotonic() > deadline or self.stopping:
+                await _unanswered(scope, send)
+                return
+            await asyncio.sleep(_AGAIN_S)
+
+
+async def _until(
+    batches: AsyncGenerator[list[Message], None], gone: asyncio.Future[None], deadline: float
+) -> AsyncGenerator[Message, None]:
+    """The messages until the client has gone; the first, empty batch must come before the deadline."""
+    taken = False
+    while not gone.done():
+        following = asyncio.ensure_future(anext(batches, None))
+        wait_s = None if taken else max(0.1, deadline - time.monotonic())
+        try:
+            await asyncio.wait({following, gone}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
+                if gone.done():
+                    return
+                raise ReplicaLost("no replica took the request")
+        finally:
+            if not following.done():
+                following.cancel()
+                await asyncio.wait({following})
+        batch = following.result()
+        taken = True
+        if batch is None:
+            return
+        for message in batch:
+            yield message
+
+
+async def _body(receive: Any, most: int) -> bytes | None:
+    """The body, cut off after `most` + 1 bytes; None if the client has gone before its end."""
+    body = bytearray()
+    while len(body) <= most:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            break
+    return bytes(body[: most + 1])
+
+
+async def _disconnected(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _with_key(scope: Message) -> list[tuple[bytes, bytes]]:
+    """The headers, with an idempotency key for a POST that has none: it may be sent twice from here."""
+    headers = [(bytes(name), bytes(value)) for name, value in scope["headers"]]
+    if scope["method"] == "POST" and not any(name == b"idempotency-key" for name, _ in headers):
+        headers.append((b"idempotency-key", secrets.token_hex(16).encode()))
+    return headers
+
+
+async def _unanswered(scope: Message, send: Any) -> None:
+    """What is said where no replica answers: this process lives, but cannot serve now."""
+    if scope["path"] == "/healthz":
+        status, document, media_type = 200, {"status": "ok"}, "application/json"
+    else:
+        problem = ProblemError(503, "no-replica", "No replica of the service answers now; ask again.")
+        status, document, media_type = 503, problem.document(), "application/problem+json"
+    body = json.dumps(document).encode()
+    headers = [(b"content-type", media_type.encode()), (b"content-length", str(len(body)).encode())]
+    headers += [(b"retry-after", b"1")] if status == 503 else []
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
