@@ -28,9 +28,14 @@ def blob_headers(digest: str) -> dict[str, str]:
     }
 
 
-def blob_response(request: Request, blob: bytes, digest: str, extra: Mapping[str, str] | None = None) -> Response:
+def whole_blob(blob: bytes, digest: str, extra: Mapping[str, str]) -> Response:
+    """The blob as the answer to a POST, which knows no conditions and no ranges."""
+    return Response(blob, headers={**blob_headers(digest), **extra}, media_type=MEDIA_TYPE)
+
+
+def blob_response(request: Request, blob: bytes, digest: str, extra: Mapping[str, str]) -> Response:
     """The answer to a GET or HEAD of the blob: conditions first, then the range."""
-    headers = {**blob_headers(digest), "Vary": "Accept", **(extra or {})}
+    headers = {**blob_headers(digest), "Vary": "Accept", **extra}
     if_match = request.headers.get("if-match")
     if if_match is not None and not _names(if_match, digest, weak=False):
         raise ProblemError(

@@ -6,8 +6,10 @@ In: a function that waits for the next status. Out: the chunks of a text/event-s
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol
 
@@ -41,15 +43,31 @@ def event(status: Status) -> bytes:
 
 
 async def stream(
-    first: Status, later: Callable[[int, float], Awaitable[Status]], *, heartbeat_s: float, stopping: Callable[[], bool]
+    first: Status,
+    later: Callable[[int, float], Awaitable[Status]],
+    dismissed: Callable[[], Awaitable[None]],
+    *,
+    heartbeat_s: float,
+    longest_s: float,
 ) -> AsyncIterator[bytes]:
-    """Chunks from `first` until the job ends or the service stops; `later(seen, seconds)` waits for another version."""
+    """Chunks from `first` until the job ends, `longest_s` are over or `dismissed()` returns (the service ends).
+
+    `later(seen, seconds)` waits for a status of another version than `seen`, or for so many seconds.
+    """
     status = first
     yield event(status)
-    while status.to_dict()["state"] not in ENDS and not stopping():
-        following = await later(status.version, heartbeat_s)
-        if following.version == status.version:
-            yield HEARTBEAT
-        else:
-            status = following
-            yield event(status)
+    until = time.monotonic() + longest_s
+    leaving = asyncio.ensure_future(dismissed())
+    try:
+        while status.to_dict()["state"] not in ENDS and time.monotonic() < until:
+            following = asyncio.ensure_future(later(status.version, heartbeat_s))
+            try:
+                await asyncio.wait({following, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                following.cancel()
+            if not following.done():
+                return
+            changed, status = following.result().version != status.version, following.result()
+            yield event(status) if changed else HEARTBEAT
+    finally:
+        leaving.cancel()

@@ -12,7 +12,9 @@ import hmac
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from latentrelay.cloud.errors import ProblemError
 from latentrelay.runtime.handoff import MEDIA_TYPE
@@ -31,6 +33,13 @@ def problem_response(problem: ProblemError) -> Response:
     body = json.dumps(problem.document(), ensure_ascii=False).encode()
     headers = {"Cache-Control": "no-store", **problem.headers}
     return Response(body, problem.status, headers=headers, media_type=PROBLEM_MEDIA_TYPE)
+
+
+def document_response(document: dict[str, Any], headers: Mapping[str, str]) -> Response:
+    """An error document that was made before, as the answer with its own status."""
+    status = int(document["status"])
+    more = {"Cache-Control": "no-store", **(retry_after(1) if status == 503 else {}), **headers}
+    return Response(json.dumps(document, ensure_ascii=False).encode(), status, more, PROBLEM_MEDIA_TYPE)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Port 0 takes a free port; the real one is reported to a callback and, if asked for, to a file, both only once requests
 are answered. Plain HTTP is refused on addresses that other machines reach, unless it is asked for by name. TLS uses the
-deployment's own certificate and key; none is shipped.
+deployment's own certificate and key; none is shipped. Told to stop, the server takes no more connections and the
+application no more jobs; those who wait are answered, and what is unfinished then stays in the store.
 """
 
 from __future__ import annotations
@@ -11,29 +12,40 @@ import ipaddress
 import os
 import signal
 import socket
+import ssl
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 from latentrelay.cloud.app import create_app
 from latentrelay.cloud.engine import Engine
 from latentrelay.cloud.errors import PlaintextRefusedError
+from latentrelay.cloud.guarded_protocol import ConnectionLimits, guarded_protocol
+from latentrelay.cloud.service_options import ServiceOptions
+from latentrelay.cloud.store import Store
+from latentrelay.cloud.tokens import Tokens
 from latentrelay.runtime.errors import RequestError
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 OnReady = Callable[[str, int], None]
 _SHUTDOWN_S = 10
 
 
 class CloudServer:
-    """One listening socket and the server behind it. The port is bound, and known, when this is constructed."""
+    """One listening socket and the server behind it. The port is bound, and known, when this is constructed.
+
+    connections: limits of every connection (guarded_protocol.py). shutdown_s: from `stop` to the end at the latest; a
+    client that waits for a job gets half of it. drain and refused are called when the server is told to stop, and for
+    every connection it refuses; without them the application's own service is told.
+    """
 
     def __init__(
         self,
-        app: Starlette,
+        app: ASGIApp,
         *,
         host: str = "127.0.0.1",
         port: int = 0,
@@ -41,16 +53,21 @@ class CloudServer:
         certfile: str | os.PathLike[str] | None = None,
         keyfile: str | os.PathLike[str] | None = None,
         shutdown_s: int = _SHUTDOWN_S,
+        connections: ConnectionLimits | None = None,
+        drain: Callable[[float], None] | None = None,
+        refused: Callable[[str], None] | None = None,
     ) -> None:
         secure = _check_transport(host, insecure, certfile, keyfile)
         self.app = app
+        service = getattr(getattr(app, "state", None), "service", None)
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=guarded_protocol(connections or ConnectionLimits(), refused or _told(service, "metrics", "refused")),
             ws="none",
             lifespan="on",
             access_log=False,
             log_level="warning",
+            log_config=None,
             server_header=False,
             timeout_graceful_shutdown=shutdown_s,
             ssl_certfile=certfile,
@@ -62,6 +79,7 @@ class CloudServer:
         shown = f"[{host}]" if ":" in host else host
         self.url = f"{'https' if secure else 'http'}://{shown}:{self.port}"
         self._server = _Announcing(config)
+        self._server.on_stopping = partial(drain or _told(service, "drain"), shutdown_s / 2)
         self._stopped = False
 
     def run(self, on_ready: OnReady | None = None) -> None:
@@ -78,11 +96,15 @@ class CloudServer:
 
 
 def serve(
-    engine: Engine,
+    engine: Engine | Callable[[], Engine],
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
     token: str | None = None,
+    tokens: Tokens | None = None,
+    store: Store | None = None,
+    service: ServiceOptions | None = None,
+    connections: ConnectionLimits | None = None,
     insecure: bool = False,
     certfile: str | os.PathLike[str] | None = None,
     keyfile: str | os.PathLike[str] | None = None,
@@ -91,11 +113,17 @@ def serve(
 ) -> None:
     """Serve `engine` until a signal. `port_file` gets the port in decimal and is removed at the end.
 
-    Raises PlaintextRefusedError (exit status 3) for plain HTTP off loopback without `insecure`, RequestError for half
-    a certificate pair or an address that cannot be taken.
+    A function instead of an engine is called once the address and the certificate have been checked, so that a mistake
+    in them shows before a model is loaded. Raises PlaintextRefusedError (exit status 3) for plain HTTP off loopback
+    without `insecure`, RequestError for half a certificate pair, one that cannot be read, or an address that cannot be
+    taken.
     """
+    if not isinstance(engine, Engine):
+        check_address(host, port, insecure=insecure, certfile=certfile, keyfile=keyfile)
+        engine = engine()
+    app = create_app(engine, token=token, tokens=tokens, store=store, service=service or ServiceOptions())
     server = CloudServer(
-        create_app(engine, token=token), host=host, port=port, insecure=insecure, certfile=certfile, keyfile=keyfile
+        app, host=host, port=port, insecure=insecure, certfile=certfile, keyfile=keyfile, connections=connections
     )
 
     def ready(url: str, real_port: int) -> None:
@@ -111,15 +139,36 @@ def serve(
             Path(port_file).unlink(missing_ok=True)
 
 
+def check_address(
+    host: str,
+    port: int,
+    *,
+    insecure: bool = False,
+    certfile: str | os.PathLike[str] | None = None,
+    keyfile: str | os.PathLike[str] | None = None,
+) -> None:
+    """Raise what `serve` would raise for this address and certificate; serves nothing, the port is free again after."""
+    if _check_transport(host, insecure, certfile, keyfile) and certfile is not None:
+        with _readable_pair():
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile)
+    _bound(host, port).close()
+
+
 class _Announcing(uvicorn.Server):
-    """uvicorn's server, with a call once it has started, and signals that end `run` instead of the process."""
+    """uvicorn's server, with calls once it has started and before it stops; signals end `run`, not the process."""
 
     on_started: Callable[[], None] | None = None
+    on_stopping: Callable[[], None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.on_started is not None:
             self.on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.on_stopping is not None:
+            self.on_stopping()
+        await super().shutdown(sockets=sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -158,10 +207,23 @@ def _check_transport(host: str, insecure: bool, certfile: object, keyfile: objec
     return certfile is not None
 
 
+def _told(part: object, *names: str) -> Callable[..., None]:
+    """The method `part.a.b` of the application's service, or nothing to call where there is none."""
+    for name in names:
+        part = getattr(part, name, None)
+    return part if callable(part) else lambda *_: None
+
+
 def _load(config: uvicorn.Config) -> None:
     """Read the certificate and build the application's wrappers now, before the port is taken."""
-    try:
+    with _readable_pair():
         config.load()
+
+
+@contextmanager
+def _readable_pair() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:  # ssl.SSLError is one
         raise RequestError(
             "the TLS certificate or key cannot be read",
