@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from latentrelay.cloud.errors import ProblemError
 from latentrelay.cloud.limits import Limits
+from latentrelay.runtime.handoff import WIRE_VERSIONS
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -114,6 +115,21 @@ def check_limits(request: RunRequest, limits: Limits) -> None:
     if late:
         what = f"accept_splits holds {late[0]}, expected splits smaller than {request.split}."
         raise invalid_field("accept_splits", what, late[0], f"1 .. {request.split - 1}")
+
+
+def wire_version(request: RunRequest) -> str:
+    """The newest handoff schema version that the client reads and this service writes. Raises ProblemError 406."""
+    for version in WIRE_VERSIONS:
+        if version in request.wire_versions:
+            return version
+    raise ProblemError(
+        406,
+        "wire-version",
+        "This service writes none of the handoff schema versions the client reads.",
+        field="wire_versions",
+        received=", ".join(request.wire_versions),
+        wanted=", ".join(WIRE_VERSIONS),
+    )
 
 
 def invalid_field(field: str, detail: str, received: object, wanted: object) -> ProblemError:

@@ -86,12 +86,12 @@ def test_the_rest_of_the_run_from_a_handoff_equals_the_whole_run(
     pipeline = tiny.make_pipeline(tmp_path, prediction_type=prediction_type)
     engine = Engine(pipeline, name="tiny")
     whole = engine.run(request(split=STEPS)).latents
-    embeds = torch.cat([engine._encode("on"), engine._encode("the red cat")])
+    embeds = torch.cat([engine.encode(["on"]), engine.encode(["the red cat"])])
     for split in range(1, STEPS):
         handoff = engine.run(request(split=split))
         assert handoff.meta.prediction_type == prediction_type
         assert handoff.x0_prev is not None
-        scheduler = engine._scheduler("dpmsolver++")
+        scheduler = engine.schedules.plain("dpmsolver++")
         scheduler.set_timesteps(STEPS)
         scheduler.model_outputs = [None, torch.from_numpy(np.array(handoff.x0_prev))]
         scheduler.lower_order_nums = min(split, 2)
@@ -116,7 +116,7 @@ def test_no_step_is_the_seeds_noise(engine: Engine) -> None:
 def test_metadata_says_what_was_run(engine: Engine) -> None:
     meta = engine.run(request()).meta
     served = engine.capabilities()
-    scheduler = engine._scheduler("dpmsolver++")
+    scheduler = engine.schedules.plain("dpmsolver++")
     scheduler.set_timesteps(STEPS)
     assert meta.timesteps == tuple(scheduler.timesteps.tolist())
     assert meta.model_digest == served["model"]["digest"] == engine.digest
@@ -158,7 +158,7 @@ def test_pndm_is_served_with_dpmsolver(tiny: Any, tmp_path: Path) -> None:
 
 def test_a_folder_has_the_digest_of_what_was_saved(tiny: Any, tmp_path: Path, engine: Engine) -> None:
     folder = tiny.save_pipeline(tiny.make_pipeline(tmp_path / "work"), tmp_path / "folder")
-    loaded = Engine.load(str(folder))
+    loaded = Engine.load(str(folder), channels_last=False)
     assert loaded.digest == engine.digest
     assert loaded.run(request()).to_bytes() == engine.run(request()).to_bytes()
     changed = tiny.make_pipeline(tmp_path / "other")

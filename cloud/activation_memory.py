@@ -1,0 +1,121 @@
+"""How much memory one call of the network takes for its activations, found from shapes: nothing is computed.
+
+The U-Net is run on fake tensors (torch's FakeTensorMode, which picks the kernels of the real device) while a dispatch
+mode counts the bytes of every storage that an operation makes until it is freed; the most held at once is the answer.
+Kernels' own scratch memory is not seen, so a share is added. Every activation has the batch in its shape, so one
+request stands for any number; sizes are rounded up to 8 latents, so that few are looked into, whatever clients send.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SCRATCH_SHARE = 0.25  # for kernels' scratch memory and the allocator's rounding
+_GRID = 8
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+class ActivationMemory:
+    """The predicted bytes of calls of one network, by latent size; each size is looked into once. Thread-safe."""
+
+    def __init__(self, unet: Any, text_length: int, branches: int) -> None:
+        self._unet, self._text_length, self._branches = unet, text_length, branches
+        self._each: dict[tuple[int, int], int] = {}
+        self._lock = threading.Lock()
+
+    def bytes(self, requests: int, rows: int, columns: int) -> int:
+        """Peak bytes of a call for so many requests with latents (C, rows, columns)."""
+        return requests * self._one(rows, columns)
+
+    def most(self, budget_bytes: float, rows: int, columns: int) -> int:
+        """How many requests of this size fit one call; 0 if none does."""
+        return max(0, int(budget_bytes / self._one(rows, columns)))
+
+    def _one(self, rows: int, columns: int) -> int:
+        size = (-(-rows // _GRID) * _GRID, -(-columns // _GRID) * _GRID)
+        with self._lock:
+            if size not in self._each:
+                self._each[size] = max(1, int((1 + SCRATCH_SHARE) * self._peak(*size)))
+            return self._each[size]
+
+    def _peak(self, rows: int, columns: int) -> int:
+        count, unet = self._branches, self._unet
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            like: dict[str, Any] = {"device": unet.device, "dtype": unet.dtype}
+            sample = torch.empty((count, unet.config.in_channels, rows, columns), **like)
+            embeds = torch.empty((count, self._text_length, unet.config.cross_attention_dim), **like)
+            timesteps = torch.empty((count,), dtype=torch.int64, device=unet.device)
+            with _LiveBytes() as live:
+                live.know(list(unet.parameters()) + list(unet.buffers()))
+                unet(sample, timesteps, encoder_hidden_states=embeds, return_dict=False)
+        return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages from when an operation returns them until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def know(self, tensors: list[torch.Tensor]) -> None:
+        """Leave these tensors' storages out: weights are there anyway."""
+        self._weights = {each.untyped_storage()._cdata for each in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(each, torch.Tensor):
+                self._add(each.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        identity = storage._cdata
+        if identity in self._seen or identity in self._weights:
+            return
+        self._seen.add(identity)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, identity, size)
+
+    def _free(self, identity: int, size: int) -> None:
+        self._seen.discard(identity)
+        self.now -= size
+
+
+def free_bytes(device: torch.device) -> float:
+    """The memory that activations may take now: on CUDA what is free there or held by torch without use, elsewhere what
+    the system or this container has left."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return min([_available(), *(_left(Path(limit), Path(used)) for limit, used in _CGROUP_FILES)])
+
+
+def _available() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**21
+        return 0.5 * pages * 4096  # no better word from this system: half of what it has
+
+
+def _left(limit: Path, used: Path) -> float:
+    try:
+        return float(int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no such file, or "max"
+        return float("inf")

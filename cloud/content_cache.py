@@ -1,0 +1,61 @@
+"""A cache by content: values under a digest of what made them, the least recently used dropped first, bounded by bytes.
+
+The digest is keyed with bytes of this process, so a key that leaks says nothing of the text behind it; the text itself
+is not kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+from collections import OrderedDict
+from typing import Generic, TypeVar
+
+from latentrelay.runtime.digest import canonical_json
+
+T = TypeVar("T")
+_SECRET = secrets.token_bytes(32)
+
+
+def content_key(content: object) -> bytes:
+    """32 bytes that stand for a JSON document in this process and in no other."""
+    return hashlib.blake2b(canonical_json(content), key=_SECRET, digest_size=32).digest()
+
+
+class ContentCache(Generic[T]):
+    """At most `max_bytes` of values by key. Safe from any thread."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._held: OrderedDict[bytes, tuple[T, int]] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> T | None:
+        """The value, which counts as used now, or None."""
+        with self._lock:
+            if key not in self._held:
+                return None
+            self._held.move_to_end(key)
+            return self._held[key][0]
+
+    def put(self, key: bytes, value: T, size: int) -> None:
+        """Keep a value of `size` bytes; what was used longest ago makes room. One over `max_bytes` is not kept."""
+        with self._lock:
+            if key in self._held:
+                self._bytes -= self._held.pop(key)[1]
+            if size > self.max_bytes:
+                return
+            self._held[key] = (value, size)
+            self._bytes += size
+            while self._bytes > self.max_bytes:
+                self._bytes -= self._held.popitem(last=False)[1][1]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the values that are kept now."""
+        return self._bytes
+
+    def __len__(self) -> int:
+        return len(self._held)
