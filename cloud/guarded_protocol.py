@@ -67,7 +67,7 @@ class GuardedProtocol(H11Protocol):
     def __init__(self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: Any = None) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.conn = h11.Connection(h11.SERVER, self.limits.head_bytes)
-        self.app = _few_headers(self.app, self.limits.headers, type(self).refused)
+        self.app = _small_heads(self.app, self.limits, type(self).refused)
         self.timeout_keep_alive = cast(int, self.limits.idle_s)
         self._owed: asyncio.TimerHandle | None = None
         self._phase = ""
@@ -187,16 +187,20 @@ class GuardedProtocol(H11Protocol):
         self.transport.close()
 
 
-def _few_headers(app: ASGIApplication, most: int, refused: Refused) -> ASGIApplication:
-    """The application, for requests of at most `most` headers; 431 for others."""
+def _small_heads(app: ASGIApplication, limits: ConnectionLimits, refused: Refused) -> ASGIApplication:
+    """The application, for heads within the limits; 431 for others, which came whole in one piece."""
 
     async def checked(scope: Any, receive: Any, send: Any) -> None:
-        if len(scope["headers"]) <= most:
+        lines = scope["headers"]
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        size += sum(len(name) + len(value) + 4 for name, value in lines)
+        if size <= limits.head_bytes and len(lines) <= limits.headers:
             await app(scope, receive, send)
             return
         refused("headers-too-large")
-        lines, body = _problem(431, "headers-too-large", f"At most {most} headers are read.", {})
-        await send({"type": "http.response.start", "status": 431, "headers": lines})
+        detail = f"At most {limits.headers} headers and {limits.head_bytes} bytes of them are read."
+        answer, body = _problem(431, "headers-too-large", detail, {})
+        await send({"type": "http.response.start", "status": 431, "headers": answer})
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
     return checked

@@ -30,7 +30,7 @@ def test_every_module_imports_without_torch() -> None:
 
 
 def test_import_is_light() -> None:
-    heavy = [*BLOCKED, "onnxruntime", "httpx", "PIL", "tokenizers", "safetensors", "pydantic"]
+    heavy = [*BLOCKED, "onnxruntime", "httpx", "PIL", "tokenizers", "safetensors", "pydantic", "cryptography"]
     code = f"import sys, latentrelay.runtime; print([name for name in {heavy!r} if name in sys.modules])"
     assert run(code) == "[]\n"
 
@@ -58,7 +58,7 @@ def test_a_picture_without_torch(bundle_folder: Path, tmp_path: Path) -> None:
 
 def test_the_runtime_imports_nothing_else_of_ours() -> None:
     allowed = {"latentrelay.runtime", "numpy", "onnxruntime", "tokenizers", "safetensors", "httpx", "PIL"}
-    allowed |= {"openvino", "coremltools"}
+    allowed |= {"openvino", "coremltools", "cryptography"}
     for path in RUNTIME.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
