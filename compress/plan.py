@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-SCHEMA_VERSION = "1.3"
+SCHEMA_VERSION = "1.4"
 _OLDER: dict[str, dict[str, Any]] = {  # what a recipe of an older version says by leaving it out
     "1.0": {"compression": {}, "prediction": {}},
     "1.1": {"prediction": {}},
     "1.2": {"prediction": {}},
+    "1.3": {},
 }
+Level = Literal["normal", "hot"]
 PLAN_JSON, PLAN_TABLES = "plan.json", "plan.safetensors"
 
 
@@ -43,10 +45,13 @@ class PlanSource:
 
 @dataclass(frozen=True)
 class SplitMask:
-    """One supported split k: what each device step k..N-1 is ("full" computes the network, "predicted" does not)."""
+    """One supported split k: what each device step k..N-1 is ("full" computes the network, "predicted" does not).
+    `level` "hot": another mask of the same split with fewer computed steps, for a device that must give off less heat.
+    """
 
     split: int
     mask: tuple[Literal["full", "predicted"], ...]
+    level: Level = "normal"
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ class Recipe:
     `compression` is what was done to the source's networks (see tools/compress.py for its keys); empty: nothing.
     `quantisation` holds `precision` and, where it is not fp32, the rule of every layer (see compress/precision.py).
     `prediction` says what the predicted steps of `splits` predict and how, and why (compress/prediction_gate.py); its
-    `rows` are the splits' rows of the mask-dependent tables. Empty where every step is computed.
+    `rows` are the masks' rows of the mask-dependent tables, by "8" for a split's normal mask and "8 hot" for its hot
+    one. Empty where every step is computed.
     """
 
     source: PlanSource
@@ -100,7 +106,7 @@ class Tables:
     `compensation_mixing` (N, 2, 3, C), with them or None, is subtracted too: per branch, times the other branch's
     output, the step's latents and the solver's memory (zeros in row 0 and where the solver has none).
 
-    Predicted steps, all by split row and step, (R, N, ...), row 0 for a run without any: `ladder_update` (M, 1 + M), at
+    Predicted steps, all by mask row and step, (R, N, ...), row 0 for a run without any: `ladder_update` (M, 1 + M), at
     a computed step rung o becomes U[o, 0] y + sum U[o, 1 + p] L_p; `candidates` (P, M), a predicted step's rows of
     coefficients over the rungs; `rectifier_gain`, `rectifier_offset` (2, C) and `rectifier_mixing` (2, 1 + 2 M, C), as
     the compensation's, mixing over the other branch, the latents, the memory and the branches' rungs from 1 on;
@@ -175,12 +181,22 @@ class Plan:
             raise PlanError(f"{PLAN_JSON}: schema_version is {version!r}, expected {SCHEMA_VERSION}")
         if isinstance(recipe, dict):
             recipe = {**_OLDER.get(version, {}), **recipe}
+        if version in _OLDER:
+            recipe = _with_levels(recipe)
         known = {f.name for f in dataclasses.fields(Tables)}
         if not {"guidance_multiplier"} <= set(arrays) <= known:
             raise PlanError(
                 f"{PLAN_TABLES}: got arrays {sorted(arrays)}, expected guidance_multiplier and at most {sorted(known)}"
             )
         return cls(parse_plan_record(Recipe, recipe), Tables(**arrays))
+
+
+def _with_levels(recipe: Any) -> Any:
+    """A recipe from before 1.4, whose masks say no level: they are normal."""
+    splits = recipe.get("splits") if isinstance(recipe, dict) else None
+    if not isinstance(splits, list):
+        return recipe
+    return {**recipe, "splits": [{"level": "normal", **each} if isinstance(each, dict) else each for each in splits]}
 
 
 def full_plan(

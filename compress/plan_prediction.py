@@ -7,8 +7,9 @@ In: a `Plan`. Raises PlanError where masks, `recipe.prediction` and the tables c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from latentrelay.compress.errors import PlanError
@@ -16,8 +17,12 @@ from latentrelay.compress.solver_tables import SolverRow
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from latentrelay.compress.plan import Plan, Recipe, Tables
+    from latentrelay.compress.plan import Level, Plan, Recipe, SplitMask, Tables
 
+    MaskKey = tuple[int, Level]  # split and level
+
+NORMAL, HOT = "normal", "hot"
+LEVELS = (NORMAL, HOT)
 TARGETS = ("whole_output", "deep_feature")
 METRICS = ("l2", "cosine")
 LADDER_DTYPES = ("float32", "float16")
@@ -31,32 +36,79 @@ _NAMES = (
 )  # fmt: skip
 
 
-def split_rows(prediction: Mapping[str, Any]) -> dict[int, int]:
-    """{split: row of the mask-dependent tables}, empty where nothing is predicted."""
-    return {int(split): int(row) for split, row in prediction.get("rows", {}).items()}
+def mask_name(split: int, level: str) -> str:
+    """ "8" for a split's normal mask, "8 hot" for its hot one, as `Recipe.prediction` names its rows."""
+    return str(split) if level == NORMAL else f"{split} {level}"
+
+
+def mask_key(name: str) -> MaskKey:
+    """Split and level of a name. Raises PlanError."""
+    split, _, level = name.partition(" ")
+    if not split.isdecimal() or (level or NORMAL) not in LEVELS:
+        raise PlanError(f'recipe.prediction.rows: got {name!r}, expected a split as "8" or "8 hot"')
+    return int(split), cast("Level", level or NORMAL)
+
+
+def mask_rows(prediction: Mapping[str, Any]) -> dict[MaskKey, int]:
+    """{(split, level): row of the mask-dependent tables} by row, empty where nothing is predicted."""
+    found = {mask_key(name): int(row) for name, row in prediction.get("rows", {}).items()}
+    return dict(sorted(found.items(), key=lambda pair: pair[1]))
+
+
+def in_order(keys: Iterable[MaskKey]) -> list[MaskKey]:
+    """The normal level's splits first, then the hot one's."""
+    return sorted(keys, key=lambda key: (LEVELS.index(key[1]), key[0]))
+
+
+def with_masks(splits: Sequence[SplitMask], masks: Mapping[MaskKey, tuple[Any, ...]]) -> tuple[SplitMask, ...]:
+    """A recipe's splits with `masks` in the place of their own, and the hot ones after them."""
+    normal = [replace(each, mask=masks.get((each.split, each.level), each.mask)) for each in splits]
+    had = {(each.split, each.level) for each in splits}
+    added = [replace(splits[0], split=key[0], mask=masks[key], level=key[1]) for key in in_order(set(masks) - had)]
+    return (*normal, *added)
 
 
 def check_prediction(plan: Plan) -> None:
     """Raise PlanError where the plan's predicted steps do not fit together."""
     recipe, tables = plan.recipe, plan.tables
     given = {name: getattr(tables, name) for name in _NAMES if getattr(tables, name) is not None}
-    masked = {split.split for split in recipe.splits if "predicted" in split.mask}
+    masked = {(split.split, split.level) for split in recipe.splits if "predicted" in split.mask}
+    _check_masks(recipe)
     if not recipe.prediction:
         if masked:
-            raise PlanError(f"recipe.splits: split {min(masked)} predicts steps, but recipe.prediction is empty")
+            raise PlanError(f"recipe.splits: split {min(masked)[0]} predicts steps, but recipe.prediction is empty")
         if given:
             raise PlanError(f"tables.{next(iter(given))} belongs to predicted steps, but recipe.prediction is empty")
         return
     _check_settings(recipe)
-    rows = split_rows(recipe.prediction)
+    rows = mask_rows(recipe.prediction)
     if set(rows) != masked or sorted(rows.values()) != list(range(1, len(rows) + 1)):
+        wanted = ", ".join(mask_name(*key) for key in in_order(masked))
         raise PlanError(
-            f"recipe.prediction.rows: got {rows}, expected rows 1..{len(masked)} for the splits {sorted(masked)}"
+            f"recipe.prediction.rows: got {dict(recipe.prediction['rows'])}, expected rows 1..{len(masked)} for the "
+            f"splits {wanted}"
         )
-    for split in recipe.splits:
-        if "predicted" in split.mask[:1]:
-            raise PlanError(f"recipe.splits: split {split.split} predicts its first step, which has no ladder yet")
     _check_tables(recipe, tables, given, 1 + len(rows))
+
+
+def _check_masks(recipe: Recipe) -> None:
+    """Each split once a level, its first step computed, and a hot mask with fewer computed steps than the normal."""
+    found: dict[MaskKey, tuple[str, ...]] = {}
+    for each in recipe.splits:
+        if each.level not in LEVELS:
+            raise PlanError(f"recipe.splits: split {each.split} has level {each.level!r}, expected one of {LEVELS}")
+        if (each.split, each.level) in found:
+            raise PlanError(f"recipe.splits: split {mask_name(each.split, each.level)} is there twice, expected once")
+        if "predicted" in each.mask[:1]:
+            raise PlanError(f"recipe.splits: split {each.split} predicts its first step, which has no ladder yet")
+        found[each.split, each.level] = each.mask
+    for (split, level), mask in found.items():
+        most = found.get((split, "normal"), ("full",) * len(mask)).count("full")
+        if level == HOT and mask.count("full") >= most:
+            raise PlanError(
+                f"recipe.splits: split {split} hot computes {mask.count('full')} steps, expected fewer than the {most} "
+                "of its normal run"
+            )
 
 
 def _check_settings(recipe: Recipe) -> None:

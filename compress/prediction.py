@@ -11,7 +11,8 @@ from typing import Literal
 
 import numpy as np
 from latentrelay.compress.errors import PredictionError
-from latentrelay.compress.plan import Plan
+from latentrelay.compress.plan import Level, Plan
+from latentrelay.compress.plan_prediction import mask_rows
 from latentrelay.compress.solver_tables import SolverRow, SolverTable
 from latentrelay.compress.token_selection import Choice
 from numpy.typing import NDArray
@@ -29,7 +30,8 @@ class Prediction:
     None where P is 1 ("random" is a control: any row, drawn by step); the rectifier's `gain`, `offset` (N, 2, C) and
     `mixing` (N, 2, 3 + 2 M, C), all or none; `grid` an adjusted grid in the place of the run's own; a step whose
     `probe_error` is above `fallback_threshold` is computed after all, with no rectifier and without touching the
-    ladders. Raises PredictionError where they contradict each other.
+    ladders. `level` "hot": one of fewer computed steps beside the split's normal one. Raises PredictionError where they
+    contradict each other.
     """
 
     split: int
@@ -44,21 +46,23 @@ class Prediction:
     grid: SolverTable | None = None
     ladder_dtype: Literal["float32", "float16"] = "float32"
     fallback_threshold: float | None = None
+    level: Level = "normal"
 
     def __post_init__(self) -> None:
         _check(self)
 
     @classmethod
-    def of_plan(cls, plan: Plan, split: int) -> Prediction | None:
-        """A plan's for one of its splits; None where that split has no predicted step. PredictionError where the plan
-        has no such split."""
-        masks = {each.split: tuple(each.mask) for each in plan.recipe.splits}
-        if split not in masks:
-            raise PredictionError("no such split in the plan", got=split, expected=sorted(masks))
-        if "predicted" not in masks[split]:
+    def of_plan(cls, plan: Plan, split: int, level: Level = "normal") -> Prediction | None:
+        """A plan's for one of its splits; None where that split has no predicted step at that level. PredictionError
+        where the plan has no such split."""
+        masks = {(each.split, each.level): tuple(each.mask) for each in plan.recipe.splits}
+        if not any(known == split for known, _ in masks):
+            raise PredictionError("no such split in the plan", got=split, expected=sorted({key[0] for key in masks}))
+        mask = masks.get((split, level), ())
+        if "predicted" not in mask:
             return None
         settings, tables = plan.recipe.prediction, plan.tables
-        row = int(settings["rows"][str(split)])
+        row = mask_rows(settings)[split, level]
         if tables.ladder_update is None or tables.candidates is None:
             raise PredictionError(f"split {split} predicts steps", got="no ladders", expected="their tables")
         grid = None
@@ -70,7 +74,7 @@ class Prediction:
         gain, offset, mixing = (None if table is None else table[row] for table in rectifier)
         return cls(
             split,
-            masks[split],
+            mask,
             settings["target"],
             tables.ladder_update[row],
             tables.candidates[row],
@@ -81,6 +85,7 @@ class Prediction:
             grid,
             settings.get("ladder_dtype", "float32"),
             settings.get("fallback_threshold"),
+            level,
         )
 
     @property

@@ -118,6 +118,10 @@ class Bench:
     _made: dict[tuple[Candidate, int], Prediction | None] = field(default_factory=dict)
     _scores: dict[tuple[Candidate, int], Score] = field(default_factory=dict)
 
+    def at(self, speedup: float) -> Bench:
+        """The same runs, network and policies for another time; nothing scored yet."""
+        return replace(self, speedup=speedup, _made={}, _scores={})
+
     def prediction(self, candidate: Candidate, split: int) -> Prediction | None:
         """The candidate's for a split, fitted; None where the time leaves no room for it or a policy has no mask."""
         key = (candidate, split)

@@ -5,14 +5,14 @@ step of each kind and how many times faster the run shall be. Out: a `Prediction
 starts from the plainest rule, even steps and the last value held, and takes a part in (order, mask policy, adjusted
 grid, choice per token, rectifier) only where held-out final latents come nearer to the float run's with 95 %
 confidence; then the better target ships. Other splits get the same target, order and choice, and a mask and a
-correction of their own where those gain there too.
+correction of their own where those gain there too; so does the hot level, a second mask a split at a higher speedup.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from latentrelay.compress.compensation_gate import Score
 from latentrelay.compress.denoising_chain import Correction, Floats
@@ -28,6 +28,9 @@ from latentrelay.compress.prediction_search import Progress, Search, decibels, s
 from latentrelay.compress.run_segments import Segment, segments
 from latentrelay.compress.solver_tables import SolverTable
 from latentrelay.compress.trajectory import Trajectories
+
+if TYPE_CHECKING:
+    from latentrelay.compress.plan_prediction import MaskKey
 
 __all__ = ["PredictionOutcome", "StepCosts", "plan_prediction"]
 
@@ -49,17 +52,22 @@ def plan_prediction(
     ladder_dtype: Literal["float32", "float16"] = "float32",
     fallback_threshold: float | None = None,
     progress: Progress | None = None,
+    hot_speedup: float | None = None,
 ) -> PredictionOutcome:
-    """Search on the largest of `splits` that has room, then every split with the settings found.
+    """Search on the largest of `splits` that has room, then every split with the settings found, and again at
+    `hot_speedup` where one is given.
 
     `staged` computes what ships; its probe is called `probe` (None: it has none, and no choice per token is tried).
     `scheduler` is the sampler's diffusers scheduler, for adjusted grids, which also need `staged.on_grid`; None tries
     none. `correction` is the compensation of computed and shallow steps. Raises PredictionError for recordings of
-    different models, no splits and no runs; where the speedup leaves no room the outcome predicts nothing and says so.
+    different models, no splits and no runs, and a hot speedup not above `speedup`; where the speedup leaves no room the
+    outcome predicts nothing and says so.
     """
     held_out.identity.require(fit_runs.identity.to_json(), "the held-out recording")
     if not splits or not all(0 <= split < len(table.rows) for split in splits):
         raise PredictionError("splits to predict for", got=list(splits), expected=f"some of 0..{len(table.rows) - 1}")
+    if hot_speedup is not None and not hot_speedup > speedup:
+        raise PredictionError("the hot level's speedup", got=hot_speedup, expected=f"above the normal one's {speedup}")
     guidance, say = fit_runs.identity.guidance, progress or (lambda words: None)
     on_grid = getattr(staged, "on_grid", None) if scheduler is not None else None
 
@@ -86,7 +94,9 @@ def plan_prediction(
     )
     at = _deciding(bench, splits, targets or TARGETS)
     found = [searched(bench, at, target, probe, say) for target in (targets or TARGETS)]
-    return _outcome(bench, [each for each in found if each is not None], splits, at, probe, fallback_threshold, say)
+    return _outcome(
+        bench, [each for each in found if each is not None], splits, at, probe, fallback_threshold, hot_speedup, say
+    )
 
 
 def _deciding(bench: Bench, splits: Sequence[int], targets: Sequence[Target]) -> int:
@@ -106,6 +116,7 @@ def _outcome(
     at: int,
     probe: str | None,
     fallback_threshold: float | None,
+    hot_speedup: float | None,
     say: Progress,
 ) -> PredictionOutcome:
     report: dict[str, Any] = {"speedup": bench.speedup, "decided_at_split": at, "costs_ms": vars(bench.costs).copy()}
@@ -118,18 +129,23 @@ def _outcome(
     computed = bench.measured(all_computed(bench, at))
     report |= {"all_computed_psnr_db": decibels(computed.mean)}
     best = ranked[0].best
-    predictions: dict[int, Prediction] = {}
+    predictions: dict[MaskKey, Prediction] = {}
     for split in sorted(set(splits)):
         shipped, line = _for_split(bench, best, split, say)
         if shipped is not None:
-            predictions[split] = replace(shipped, fallback_threshold=fallback_threshold)
+            predictions[split, "normal"] = shipped
             report["splits"][str(split)] = line
     winner = bench.score(best, at)
     why = f"{best.name(probe)}: {_mean(winner):.2f} dB to the float run over {report['held_out_runs']} held-out runs"
     for other in ranked[1:]:
         why += f", against {_mean(bench.score(other.best, at)):.2f} dB of {other.best.name(probe)} in the same time"
     why += f"; every step computed: {computed.mean:.2f} dB"
-    left_out = sorted(set(splits) - set(predictions))
+    left_out = sorted(set(splits) - {split for split, _ in predictions})
+    if hot_speedup is not None:
+        found, report["hot"] = _hot(bench.at(hot_speedup), best, splits, predictions, say)
+        predictions |= found
+        why += f"; hot, {hot_speedup:g} times faster: {_said(report['hot'])}"
+    predictions = {key: replace(each, fallback_threshold=fallback_threshold) for key, each in predictions.items()}
     if left_out:
         why += f"; no room for predicted steps from split {', '.join(str(split) for split in left_out)}"
     report |= {"chosen": best.name(probe), "why": why}
@@ -175,6 +191,37 @@ def _for_split(bench: Bench, best: Candidate, split: int, say: Progress) -> tupl
     mask = () if prediction is None else prediction.mask
     figures = {"psnr_db": decibels(current.mean), "all_computed_psnr_db": decibels(computed.mean)}
     return prediction, {"computed_steps": mask.count("full"), **figures, **line}
+
+
+def _hot(
+    bench: Bench, best: Candidate, splits: Sequence[int], normal: Mapping[MaskKey, Prediction], say: Progress
+) -> tuple[dict[MaskKey, Prediction], dict[str, Any]]:
+    """The hot level's predictions at `bench`'s speedup, and its part of the report. A split whose mask would compute as
+    many steps as its normal one has none."""
+    found: dict[MaskKey, Prediction] = {}
+    report: dict[str, Any] = {"speedup": bench.speedup, "splits": {}, "left_out": {}}
+    for split in sorted(set(splits)):
+        say(f"prediction: hot level, split {split}")
+        shipped, line = _for_split(bench, best, split, say)
+        usual = normal.get((split, "normal"))
+        most = _left(bench, split) if usual is None else usual.mask.count("full")
+        if shipped is None:
+            report["left_out"][str(split)] = "the time leaves fewer than 2 computed steps, or no time for the others"
+        elif shipped.mask.count("full") >= most:
+            report["left_out"][str(split)] = f"computes {shipped.mask.count('full')} steps, and the normal mask {most}"
+        else:
+            found[split, "hot"] = replace(shipped, level="hot")
+            report["splits"][str(split)] = line
+    return found, report
+
+
+def _said(report: Mapping[str, Any]) -> str:
+    shipped = [
+        f"{line['computed_steps']} computed from split {split}, {line['psnr_db']:.2f} dB"
+        for split, line in report["splits"].items()
+    ]
+    left_out = [f"none from split {split} ({why})" for split, why in report["left_out"].items()]
+    return ", ".join(shipped + left_out)
 
 
 def _evidence(search: Search, shipped: Candidate) -> Iterator[Evidence]:

@@ -1,21 +1,26 @@
 """What a planner of predicted steps decided, in the plan's terms: tables by split row, masks, settings, evidence.
 
-In: one `Prediction` a split that predicts anything. Out: arrays as `Tables` has them, row 0 neutral and one further row
-a split; the mapping that is `Recipe.prediction`. It decides nothing; see prediction_gate.py.
+In: one `Prediction` a mask, that is a split and level that predicts anything. Out: arrays as `Tables` has them, row 0
+neutral and one further row a mask, the normal level's first; the mapping that is `Recipe.prediction`. It decides
+nothing; see prediction_gate.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from latentrelay.compress.plan import Evidence
+from latentrelay.compress.plan_prediction import in_order, mask_name
 from latentrelay.compress.prediction import Prediction
 from latentrelay.compress.prediction_candidates import Candidate
 from latentrelay.compress.solver_tables import SolverTable
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from latentrelay.compress.plan_prediction import MaskKey
 
 Doubles = NDArray[np.float64]
 METRIC = "held-out error of the final latents over their peak at equal device time, 10^(-PSNR/20)"
@@ -23,10 +28,10 @@ METRIC = "held-out error of the final latents over their peak at equal device ti
 
 @dataclass(frozen=True, eq=False)
 class PredictionOutcome:
-    """`predictions` by split, those that predict nothing left out; the settings they share (None: nothing is predicted)
-    and the probe's name; the run's own grid; evidence a part; `report` for people; `why` in a sentence."""
+    """`predictions` by (split, level), those that predict nothing left out; the settings they share (None: nothing is
+    predicted) and the probe's name; the run's own grid; evidence a part; `report` for people; `why` in a sentence."""
 
-    predictions: Mapping[int, Prediction]
+    predictions: Mapping[MaskKey, Prediction]
     settings: Candidate | None
     probe: str | None
     table: SolverTable
@@ -35,13 +40,13 @@ class PredictionOutcome:
     why: str
 
     @property
-    def rows(self) -> dict[int, int]:
-        """Each split's row of the tables, from 1."""
-        return {split: 1 + i for i, split in enumerate(sorted(self.predictions))}
+    def rows(self) -> dict[MaskKey, int]:
+        """Each mask's row of the tables, from 1: the normal level's splits, then the hot one's."""
+        return {key: 1 + i for i, key in enumerate(in_order(self.predictions))}
 
-    def masks(self) -> dict[int, tuple[str, ...]]:
-        """By split."""
-        return {split: tuple(each.mask) for split, each in sorted(self.predictions.items())}
+    def masks(self) -> dict[MaskKey, tuple[str, ...]]:
+        """By (split, level), in the order of their rows."""
+        return {key: tuple(self.predictions[key].mask) for key in self.rows}
 
     def recipe(self) -> dict[str, Any]:
         """`Recipe.prediction`; empty where nothing is predicted."""
@@ -58,14 +63,14 @@ class PredictionOutcome:
             "abscissa": spec.abscissa,
             "ladder": spec.kind,
             "ladder_dtype": first.ladder_dtype,
-            "rows": {str(split): row for split, row in self.rows.items()},
+            "rows": {mask_name(*key): row for key, row in self.rows.items()},
             "fallback_threshold": first.fallback_threshold,
             "report": dict(self.report),
         }
 
     def tables(self) -> dict[str, Doubles]:
-        """The plan's arrays by name; the rectifier's and the grid's only where a split has them."""
-        each = [self.predictions[split] for split in sorted(self.predictions)]
+        """The plan's arrays by name; the rectifier's and the grid's only where a mask has them."""
+        each = [self.predictions[key] for key in self.rows]
         if not each:
             return {}
         width = max(prediction.candidates.shape[1] for prediction in each)

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from latentrelay.compress.denoising_chain import guided, solver_step
-from latentrelay.compress.plan import Plan
+from latentrelay.compress.plan import Level, Plan
+from latentrelay.compress.plan_prediction import NORMAL, mask_rows
 from latentrelay.compress.predicted_chain import RunState, StagedDenoiser, WholeOutput, rectified, step_output
 from latentrelay.compress.prediction import Prediction
 from latentrelay.export.compensation_file import TableCorrection
@@ -34,7 +35,7 @@ from latentrelay.runtime.samplers import SamplerRule, sampler_rule
 from torch import Tensor, nn
 
 LADDERS = ("feature_ladder", "probe_ladder")
-_FOR_A_CHECK = 3  # samples of each kind of step
+_FOR_A_CHECK, _OF_THE_HOT = 3, 1  # samples of each kind of step, at the normal level and at the hot one
 
 
 class _PredictedStep(nn.Module):
@@ -182,14 +183,26 @@ def step_modules(
 @torch.no_grad()
 def predicted_samples(unet: nn.Module, plan: Plan, start: Mapping[str, Any]) -> dict[str, list[Sample]]:
     """What both kinds of step must give in float32, by NumPy around the network in torch: {"step_full": [...],
-    "step_predicted": [...]} of one run with predicted steps.
+    "step_predicted": [...]} of one run with predicted steps, and behind them of one at the hot level where the plan has
+    one.
 
     `start`: latents (1,C,h,w), prompt_embeds (2,T,D), guidance () and, where the solver has memory, x0_prev of a step's
-    sample; the run begins with them at the first split that predicts. Ladders that were never written are NaN.
+    sample; a run begins with them at the level's first split. Ladders that were never written are NaN.
     """
-    rows = {int(split): int(row) for split, row in plan.recipe.prediction["rows"].items()}
-    split = min(rows)
-    prediction = Prediction.of_plan(plan, split)
+    found: dict[str, list[Sample]] = {"step_full": [], "step_predicted": []}
+    rows = mask_rows(plan.recipe.prediction)
+    for level in dict.fromkeys(level for _, level in rows):
+        split = next(split for split, each in rows if each == level)
+        for role, cases in _samples_of(unet, plan, start, split, level).items():
+            found[role] += cases[: _FOR_A_CHECK if level == NORMAL else _OF_THE_HOT]
+    return found
+
+
+def _samples_of(
+    unet: nn.Module, plan: Plan, start: Mapping[str, Any], split: int, level: Level
+) -> dict[str, list[Sample]]:
+    """All of one run."""
+    row, prediction = mask_rows(plan.recipe.prediction)[split, level], Prediction.of_plan(plan, split, level)
     if prediction is None:
         raise ExportError("the plan predicts no steps", got=f"split {split}", expected="a mask with predicted steps")
     table = prediction.grid or plan.recipe.solver_table
@@ -209,7 +222,7 @@ def predicted_samples(unet: nn.Module, plan: Plan, start: Mapping[str, Any]) -> 
         q = rectified(prediction, out.q, step, state)
         e = guided(q, float(start["guidance"]) * float(plan.tables.guidance_multiplier[step]))
         next_latents, x0 = solver_step(table.rows[step], state.latents, e, state.x0_prev)
-        inputs: dict[str, Any] = {"latents": state.latents, "step": np.array(step), "split_row": np.array(rows[split])}
+        inputs: dict[str, Any] = {"latents": state.latents, "step": np.array(step), "split_row": np.array(row)}
         outputs: dict[str, Any] = {"next_latents": next_latents}
         inputs |= fixed
         if "x0_prev" in start:
@@ -227,4 +240,4 @@ def predicted_samples(unet: nn.Module, plan: Plan, start: Mapping[str, Any]) -> 
             outputs |= {"choices": out.choices, "probe_error": np.asarray(out.probe_error)}
         found[f"step_{prediction.kind(step)}"].append(Sample(inputs, outputs))
         state = replace(out.state, latents=next_latents, x0_prev=x0 if "x0_prev" in start else None)
-    return {role: cases[:_FOR_A_CHECK] for role, cases in found.items()}
+    return found

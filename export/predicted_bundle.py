@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from latentrelay.compress.denoising_chain import Start
 from latentrelay.compress.plan import Plan
-from latentrelay.compress.plan_prediction import split_rows
+from latentrelay.compress.plan_prediction import mask_rows
 from latentrelay.export.parity import Feeds, Sample
 from latentrelay.export.predicted_parity import FULL, GridDenoiser, numpy_steps
 from latentrelay.export.reference_run import ReferenceRun
@@ -37,10 +37,10 @@ def with_ladders(samples: Sequence[Sample], plain: Feeds) -> list[Sample]:
 
 
 def predicted_sample(plan: Plan, run: ReferenceRun, staged: GridDenoiser) -> Sample:
-    """One predicted step of the first split that has any, in NumPy: its ladders as full as they get there."""
-    split = min(split_rows(plan.recipe.prediction))
+    """One predicted step of the first mask's run, in NumPy: its ladders as full as they get there."""
+    split, level = next(iter(mask_rows(plan.recipe.prediction)))
     start = Start(split, run.latents[split], run.x0_prev[split] if split else None, run.prompt_embeds)
-    steps = [step for step in numpy_steps(plan, start, run.guidance, staged) if step.kind != FULL]
+    steps = [step for step in numpy_steps(plan, start, run.guidance, staged, level) if step.kind != FULL]
     chosen = steps[len(steps) // 2]
     return Sample(chosen.inputs, chosen.outputs)
 
@@ -50,12 +50,12 @@ def prediction_spec(plan: Plan, unet: Path, latent: Sequence[int]) -> Prediction
     settings = plan.recipe.prediction
     if not settings:
         return None
-    ladders, rows = ladders_of(plan, unet, latent), split_rows(settings)
-    masks = {each.split: tuple(each.mask) for each in plan.recipe.splits}
+    ladders, rows = ladders_of(plan, unet, latent), mask_rows(settings)
+    masks = {(each.split, each.level): tuple(each.mask) for each in plan.recipe.splits}
     return PredictionSpec(
         target=settings["target"],
         feature_shape=ladders.feature,
-        masks=tuple(StepMask(split, row, masks[split]) for split, row in sorted(rows.items())),
+        masks=tuple(StepMask(key[0], row, masks[key], key[1]) for key, row in rows.items()),
         ladder_dtype=ladders.dtype,
         probe=settings["probe"],
         metric=settings["metric"],

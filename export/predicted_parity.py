@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from latentrelay.compress.denoising_chain import Floats, Start, guided, solver_step
-from latentrelay.compress.plan import Plan
+from latentrelay.compress.plan import Level, Plan
+from latentrelay.compress.plan_prediction import mask_name, mask_rows
 from latentrelay.compress.predicted_chain import RunState, StagedDenoiser, rectified, step_output
 from latentrelay.compress.prediction import Prediction
 from latentrelay.compress.solver_tables import SolverTable
@@ -67,19 +68,20 @@ def check_predicted(
     quantised: bool,
     progress: Callable[[str], None] = lambda words: None,
 ) -> dict[str, dict[str, float]]:
-    """Compare `sessions` ("step_full", "step_predicted") for every split that predicts, started from a recorded run.
+    """Compare `sessions` ("step_full", "step_predicted") for every split and level that predicts, started from a
+    recorded run.
 
     Returns {"step_predicted": {"snr_db": the lowest of all teacher-forced outputs}, "predicted_run": {"snr_db": the
-    lowest of the splits' last latents, "flipped_choices": counts that moved}}. Raises ParityError below 80 dB, or 50
+    lowest of the masks' last latents, "flipped_choices": counts that moved}}. Raises ParityError below 80 dB, or 50
     where the network is quantised, ladders are kept in float16, or a token between two equals chose the other one;
     ExportError where more than one in a hundred did so on the same inputs.
     """
     rounded = quantised or plan.recipe.prediction["ladder_dtype"] == "float16"
     forced, chained, flipped, chosen = [], [], [0, 0], 0
-    for split in sorted(int(split) for split in plan.recipe.prediction["rows"]):
-        progress(f"parity: predicted steps from split {split}")
+    for split, level in mask_rows(plan.recipe.prediction):
+        progress(f"parity: predicted steps from split {mask_name(split, level)}")
         start = Start(split, run.latents[split], run.x0_prev[split] if split else None, run.prompt_embeds)
-        steps = list(numpy_steps(plan, start, run.guidance, staged))
+        steps = list(numpy_steps(plan, start, run.guidance, staged, level))
         for step in steps:
             got = _called(sessions, step, step.inputs)
             forced.append(_lowest(step, got))
@@ -105,10 +107,12 @@ def check_predicted(
     }
 
 
-def numpy_steps(plan: Plan, start: Start, guidance: float, staged: GridDenoiser) -> Iterator[_Step]:
-    """The run of one split in NumPy, with every step's inputs and outputs under the graphs' port names, and no other
-    inputs than the step's graph has."""
-    prediction = Prediction.of_plan(plan, start.split)
+def numpy_steps(
+    plan: Plan, start: Start, guidance: float, staged: GridDenoiser, level: Level = "normal"
+) -> Iterator[_Step]:
+    """The run of one split and level in NumPy, with every step's inputs and outputs under the graphs' port names, and
+    no other inputs than the step's graph has."""
+    prediction = Prediction.of_plan(plan, start.split, level)
     if prediction is None:
         return
     prediction = replace(prediction, fallback_threshold=None)
@@ -174,7 +178,7 @@ def _called(sessions: Mapping[str, StepGraph], step: _Step, feeds: Feeds) -> Fee
 
 
 def _inputs(plan: Plan, prediction: Prediction, state: RunState) -> Feeds:
-    row = int(plan.recipe.prediction["rows"][str(prediction.split)])
+    row = mask_rows(plan.recipe.prediction)[prediction.split, prediction.level]
     memory = np.zeros_like(state.latents) if state.x0_prev is None else state.x0_prev
     ladders = _ladders(state)
     return {

@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from latentrelay.compress.plan import Evidence
 from latentrelay.compress.plan_json import parse_plan_record, plan_record_to_json
+from latentrelay.compress.plan_prediction import mask_key, mask_name
 from latentrelay.compress.prediction_gate import PredictionOutcome
 from latentrelay.export.bundle_folder import write_json
 from latentrelay.export.stages import read_json
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
+
+if TYPE_CHECKING:
+    from latentrelay.compress.plan_prediction import MaskKey
 
 DECISIONS, TABLES = "prediction.json", "prediction.safetensors"
 Mask = tuple[Literal["full", "predicted"], ...]
@@ -26,11 +30,11 @@ Mask = tuple[Literal["full", "predicted"], ...]
 
 @dataclass(frozen=True, eq=False)
 class PlannedPrediction:
-    """What was read: `recipe` as `Recipe.prediction`, masks by split, the plan's tables by name, the evidence for every
-    part, and `report` for the manifest."""
+    """What was read: `recipe` as `Recipe.prediction`, masks by (split, level), the plan's tables by name, the evidence
+    for every part, and `report` for the manifest."""
 
     recipe: Mapping[str, Any]
-    masks: Mapping[int, Mask]
+    masks: Mapping[MaskKey, Mask]
     tables: Mapping[str, NDArray[np.float64]]
     evidence: tuple[Evidence, ...]
     report: Mapping[str, Any]
@@ -42,7 +46,7 @@ def save_prediction(folder: Path, outcome: PredictionOutcome) -> None:
         folder / DECISIONS,
         {
             "recipe": plan_record_to_json(outcome.recipe()),
-            "masks": {str(split): list(mask) for split, mask in outcome.masks().items()},
+            "masks": {mask_name(*key): list(mask) for key, mask in outcome.masks().items()},
             "evidence": [plan_record_to_json(each) for each in outcome.evidence],
             "report": plan_record_to_json(outcome.report),
         },
@@ -56,7 +60,7 @@ def load_prediction(folder: Path) -> PlannedPrediction:
     document = read_json(folder, DECISIONS)
     return PlannedPrediction(
         document["recipe"],
-        {int(split): tuple(mask) for split, mask in document["masks"].items()},
+        {mask_key(name): tuple(mask) for name, mask in document["masks"].items()},
         {name: array for name, array in load_file(folder / TABLES).items() if name},
         tuple(parse_plan_record(Evidence, each, "evidence") for each in document["evidence"]),
         document["report"],

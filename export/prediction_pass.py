@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from latentrelay.compress.plan import Plan, SplitMask
+from latentrelay.compress.plan import Plan
+from latentrelay.compress.plan_prediction import with_masks
 from latentrelay.compress.predicted_chain import StagedDenoiser
 from latentrelay.compress.prediction import Target
 from latentrelay.compress.prediction_gate import StepCosts, plan_prediction
@@ -41,6 +42,7 @@ TARGETS = ("auto", "whole_output", "deep_feature")
 class PredictionAsk:
     """What was asked for: how many times faster the device's part should run than with every step computed, what may
     be predicted ("auto": both, the better one ships), and from which splits (none: those that runs are recorded from).
+    `hot_speedup`, above `speedup`: of a second mask for each of those splits, for a device that is hot; None: none.
 
     Raises RequestError.
     """
@@ -48,12 +50,21 @@ class PredictionAsk:
     speedup: float
     target: Target | Literal["auto"] = "auto"
     splits: tuple[int, ...] = ()
+    hot_speedup: float | None = None
 
     def __post_init__(self) -> None:
         if not 1.0 < self.speedup <= 100.0:
             raise RequestError("speedup is out of range", got=self.speedup, expected="above 1, at most 100")
+        if self.hot_speedup is not None and not self.speedup < self.hot_speedup <= 100.0:
+            raise RequestError(
+                "hot_speedup is out of range", got=self.hot_speedup, expected=f"above {self.speedup:g}, at most 100"
+            )
         if self.target not in TARGETS:
             raise RequestError("unknown target of prediction", got=self.target, expected=" | ".join(TARGETS))
+
+    def key(self) -> dict[str, Any]:
+        """What a stage depends on; what was not asked for is left out."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
     def check(self, plan: Plan, profile: DeviceProfile) -> None:
         """Raise RequestError for few-step samplers, splits beyond the run, and a target that cannot be fitted there."""
@@ -143,16 +154,17 @@ class PredictionPass:
                 probe=PROBE if probed else None,
                 scheduler=self.scheduler,
                 progress=self.stages.progress,
+                hot_speedup=ask.hot_speedup,
             )
             save_prediction(folder, outcome)
 
-        inputs = {**network, "ask": dataclasses.asdict(ask), "costs": dataclasses.asdict(costs)}
+        inputs = {**network, "ask": ask.key(), "costs": dataclasses.asdict(costs)}
         inputs |= calibrated.key(fit, held_out)
         found = load_prediction(self.stages.made("prediction", "planning predicted steps", inputs, write))
         recipe = dataclasses.replace(
             plan.recipe,
             prediction=found.recipe,
-            splits=tuple(SplitMask(each.split, found.masks.get(each.split, each.mask)) for each in plan.recipe.splits),
+            splits=with_masks(plan.recipe.splits, found.masks),
             corrections=(*plan.recipe.corrections, *found.evidence),
         )
         both = dataclasses.replace(plan.tables, **found.tables)

@@ -77,7 +77,7 @@ def check_plan(manifest: Manifest, text: bytes) -> None:
 
 def _key(planned: dict[str, Any]) -> tuple[int, str]:
     """A plan's split and level; plans before 1.4 have no level."""
-    return planned["split"], planned.get("level", NORMAL)
+    return int(planned["split"]), str(planned.get("level", NORMAL))
 
 
 def _named(name: str) -> tuple[int, str]:

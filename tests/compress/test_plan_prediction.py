@@ -1,6 +1,7 @@
 """A plan with predicted steps goes to disk and back, and one that contradicts itself is refused by name."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from latentrelay.compress.errors import PlanError
 from latentrelay.compress.plan import Plan, PlanSource, SplitMask, Tables, full_plan
-from latentrelay.compress.plan_prediction import split_rows
+from latentrelay.compress.plan_prediction import mask_rows
+from latentrelay.compress.prediction import Prediction
 from latentrelay.compress.solver_tables import SolverRow, SolverTable
 
 STEPS, SPLIT, CHANNELS = 5, 2, 4
@@ -56,7 +58,63 @@ def test_round_trip(tmp_path: Path) -> None:
     again = Plan.load(tmp_path)
     assert again.tables == plan.tables
     assert again.recipe.prediction == SETTINGS
-    assert split_rows(again.recipe.prediction) == {SPLIT: 1}
+    assert mask_rows(again.recipe.prediction) == {(SPLIT, "normal"): 1}
+
+
+def hot_plan(mask: Any = ("full", "predicted", "predicted"), level: Any = "hot", **settings: Any) -> Plan:
+    """With a second mask for the split, which reads row 2."""
+    plan = predicted_plan()
+    arrays = {name: np.concatenate([each, each[1:]]) for name, each in plan.tables.arrays().items() if each.ndim > 1}
+    rows = {"rows": {str(SPLIT): 1, f"{SPLIT} hot": 2}, **settings}
+    recipe = dataclasses.replace(
+        plan.recipe,
+        splits=(*plan.recipe.splits, SplitMask(SPLIT, mask, level)),
+        prediction={**plan.recipe.prediction, **rows},
+    )
+    return Plan(recipe, dataclasses.replace(plan.tables, **arrays))
+
+
+def test_a_hot_mask_has_a_row_of_its_own(tmp_path: Path) -> None:
+    hot_plan().save(tmp_path)
+    again = Plan.load(tmp_path)
+    assert mask_rows(again.recipe.prediction) == {(SPLIT, "normal"): 1, (SPLIT, "hot"): 2}
+    normal, hot = Prediction.of_plan(again, SPLIT), Prediction.of_plan(again, SPLIT, "hot")
+    assert normal is not None
+    assert hot is not None
+    assert (normal.level, normal.mask) == ("normal", ("full", "predicted", "full"))
+    assert (hot.level, hot.mask) == ("hot", ("full", "predicted", "predicted"))
+    assert Prediction.of_plan(again, 0, "hot") is None
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda: hot_plan(("full", "predicted", "full")), "split 2 hot computes 2 steps, expected fewer than the 2"),
+        (lambda: hot_plan(("predicted", "full", "predicted")), "predicts its first step"),
+        (lambda: hot_plan(level="cold"), "level 'cold'"),
+        (lambda: hot_plan(level="normal"), "split 2 is there twice"),
+        (lambda: hot_plan(rows={str(SPLIT): 1}), r"for the splits 2, 2 hot"),
+        (lambda: hot_plan(rows={str(SPLIT): 2, f"{SPLIT} hot": 2}), "expected rows 1..2"),
+        (lambda: hot_plan(rows={str(SPLIT): 1, f"{SPLIT} cold": 2}), 'as "8" or "8 hot"'),
+    ],
+)
+def test_a_hot_mask_that_does_not_fit_is_refused(made: Callable[[], Plan], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        made()
+
+
+def test_a_plan_from_before_levels_is_read_as_normal(tmp_path: Path) -> None:
+    plan = predicted_plan()
+    plan.save(tmp_path)
+    document = json.loads((tmp_path / "plan.json").read_text())
+    for split in document["recipe"]["splits"]:
+        del split["level"]
+    (tmp_path / "plan.json").write_text(json.dumps({**document, "schema_version": "1.3"}))
+    again = Plan.load(tmp_path)
+    assert again.recipe == plan.recipe
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    with pytest.raises(PlanError, match="level is missing"):
+        Plan.load(tmp_path)
 
 
 def with_settings(plan: Plan, **settings: Any) -> Plan:

@@ -11,10 +11,11 @@ from latentrelay.compress.compensation_gate import Score
 from latentrelay.compress.denoising_chain import Start, chain
 from latentrelay.compress.errors import PredictionError, TrajectoryError
 from latentrelay.compress.ladders import LadderSpec
-from latentrelay.compress.plan import Plan, PlanSource, SplitMask, full_plan
+from latentrelay.compress.plan import Plan, PlanSource, full_plan
+from latentrelay.compress.plan_prediction import with_masks
 from latentrelay.compress.predicted_chain import Prediction, predicted_chain
 from latentrelay.compress.prediction_candidates import Bench, Candidate, StepCosts, uniform
-from latentrelay.compress.prediction_gate import PredictionOutcome, _for_split, _ranked, plan_prediction
+from latentrelay.compress.prediction_gate import PredictionOutcome, _for_split, _hot, _ranked, plan_prediction
 from latentrelay.compress.prediction_masks import mask_policies
 from latentrelay.compress.prediction_search import Search
 from latentrelay.compress.run_segments import segments
@@ -81,18 +82,17 @@ def test_the_outcome_makes_a_valid_plan_that_runs_alike(
     outcome: PredictionOutcome, staged: Any, staged_table: Any, staged_start: Any, tmp_path: Path
 ) -> None:
     plain = full_plan(PlanSource("m", "sha256:a", "sd1"), {}, "dpmsolver++", "DPMSolver", "sha256:c", staged_table())
-    masks = outcome.masks()
     recipe = dataclasses.replace(
         plain.recipe,
         prediction=outcome.recipe(),
-        splits=tuple(SplitMask(each.split, masks.get(each.split, each.mask)) for each in plain.recipe.splits),  # type: ignore[arg-type]
+        splits=with_masks(plain.recipe.splits, outcome.masks()),
         corrections=outcome.evidence,
     )
     tables = dataclasses.replace(plain.tables, **outcome.tables())
     dataclasses.replace(plain, recipe=recipe, tables=tables).save(tmp_path)
     plan = Plan.load(tmp_path)
-    for split, fitted in outcome.predictions.items():
-        prediction = Prediction.of_plan(plan, split)
+    for (split, level), fitted in outcome.predictions.items():
+        prediction = Prediction.of_plan(plan, split, level)
         assert prediction is not None
         assert prediction.mask == fitted.mask
         ends = [
@@ -103,6 +103,87 @@ def test_the_outcome_makes_a_valid_plan_that_runs_alike(
     assert Prediction.of_plan(plan, 5) is None  # a split that nothing was planned for computes everything
     with pytest.raises(PredictionError, match="no such split"):
         Prediction.of_plan(plan, 40)
+
+
+@pytest.fixture
+def two_levels(staged: Any, staged_table: Any, staged_runs: Any) -> Callable[..., PredictionOutcome]:
+    """The planner with and without a hot level, on the same runs."""
+    fit, held = staged_runs("fit", 8), staged_runs("held", 6, seed=90)
+
+    def planned(hot_speedup: float | None, splits: tuple[int, ...] = (0, SPLIT)) -> PredictionOutcome:
+        return plan_prediction(
+            fit, held, staged, staged_table(), None, COSTS, splits, 1.5, "v_prediction",
+            targets=("whole_output",), probe=None, hot_speedup=hot_speedup, fallback_threshold=None,
+        )  # fmt: skip
+
+    return planned
+
+
+def test_a_hot_level_adds_rows_after_the_normal_ones_and_changes_nothing_else(
+    two_levels: Callable[..., PredictionOutcome],
+) -> None:
+    plain, both = two_levels(None), two_levels(3.0)
+    assert list(both.rows.items()) == [((0, "normal"), 1), ((SPLIT, "normal"), 2), ((0, "hot"), 3), ((SPLIT, "hot"), 4)]
+    assert both.recipe()["rows"] == {"0": 1, f"{SPLIT}": 2, "0 hot": 3, f"{SPLIT} hot": 4}
+    tables, more = plain.tables(), both.tables()
+    assert {len(each) for each in tables.values()} == {3}
+    for name, each in more.items():
+        assert len(each) == 5
+        before = tables.get(name, np.zeros_like(each[:3]))  # a part that only the hot level has is zeros there
+        assert each[:3].tobytes() == before.tobytes()
+    report = dict(both.report)
+    hot = report.pop("hot")
+    assert {**report, "why": ""} == {**plain.report, "why": ""}
+    assert both.why.startswith(plain.why + "; hot, 3 times faster: ")
+    assert both.settings == plain.settings
+    for split in (0, SPLIT):
+        normal, hotter = both.predictions[split, "normal"], both.predictions[split, "hot"]
+        assert (normal.level, hotter.level) == ("normal", "hot")
+        assert 2 <= hotter.mask.count("full") < normal.mask.count("full")
+        assert COSTS.run_ms(hotter.mask, "whole_output") <= len(hotter.mask) * 10.0 / 3.0
+        line = hot["splits"][str(split)]
+        assert line["computed_steps"] == hotter.mask.count("full")
+        assert line["psnr_db"] < report["splits"][str(split)]["psnr_db"]
+        assert line["psnr_db"] >= line["uniform_psnr_db"]  # gated at its own level
+        assert normal.candidates.shape == hotter.candidates.shape
+
+
+def test_a_hot_level_that_saves_no_step_or_has_no_room_is_left_out_and_said(
+    two_levels: Callable[..., PredictionOutcome],
+) -> None:
+    same = two_levels(1.52, (SPLIT,))
+    assert same.masks().keys() == {(SPLIT, "normal")}
+    assert same.report["hot"]["left_out"][str(SPLIT)] == "computes 4 steps, and the normal mask 4"
+    assert f"none from split {SPLIT} (computes 4 steps" in same.why
+    none = two_levels(20.0, (SPLIT,))
+    assert none.masks().keys() == {(SPLIT, "normal")}
+    assert "fewer than 2" in none.report["hot"]["left_out"][str(SPLIT)]
+    with pytest.raises(PredictionError, match="hot"):
+        two_levels(1.5)
+
+
+def test_the_hot_level_is_fitted_and_gated_on_its_own(staged: Any, staged_table: Any, staged_runs: Any) -> None:
+    runs = staged_runs("runs", 4)
+    bench = _bench(staged, staged_table(), runs, runs)
+    bench.policies = {"uniform": uniform, "dp": mask_policies(runs, staged, staged_table())["dp"]}
+    best = Candidate("whole_output", policy="dp", rectify="predicted")
+    even = dataclasses.replace(best, policy="uniform", rectify=None)
+    hotter = bench.at(3.0)
+    bench._scores[even, SPLIT] = Score(np.array([10.0, 10, 10, 10]))
+    assert (hotter.speedup, hotter._scores, hotter._made) == (3.0, {}, {})
+    for at, gain in ((bench, 1.0), (hotter, -1.0)):  # what gains at one level may lose at the other
+        at._scores[even, SPLIT] = Score(np.array([40.0, 40, 40, 40]))
+        for candidate in (
+            dataclasses.replace(even, policy="dp"), best, dataclasses.replace(even, rectify="predicted"),
+        ):  # fmt: skip
+            at._scores[candidate, SPLIT] = Score(40.0 + gain * np.array([1.0, 2, 1, 2]))
+    ours, _ = _for_split(bench, best, SPLIT, lambda words: None)
+    assert ours is bench.prediction(dataclasses.replace(even, policy="dp"), SPLIT)
+    found, report = _hot(hotter, best, [SPLIT], {(SPLIT, "normal"): ours}, lambda words: None)  # type: ignore[dict-item]
+    shipped = found[SPLIT, "hot"]
+    assert shipped.mask == hotter.prediction(even, SPLIT).mask  # type: ignore[union-attr]
+    assert shipped.gain is None
+    assert (report["splits"][str(SPLIT)]["policy"], report["splits"][str(SPLIT)]["corrected"]) == (False, False)
 
 
 def test_a_rectifier_that_hurts_is_dropped(
@@ -208,7 +289,7 @@ def test_a_split_without_room_is_left_out_and_said(staged: Any, staged_table: An
         runs, runs, staged, staged_table(), None, COSTS, (SPLIT, N - 2), 1.5, "v_prediction",
         targets=("whole_output",), probe=None,
     )  # fmt: skip
-    assert set(found.masks()) == {SPLIT}
+    assert set(found.masks()) == {(SPLIT, "normal")}
     assert found.report["decided_at_split"] == SPLIT
     assert f"no room for predicted steps from split {N - 2}" in found.why
 
