@@ -58,10 +58,12 @@ def run(
     speedup: float | None = None,
     predict: str = "auto",
     predict_splits: str | None = None,
+    hot_speedup: float | None = None,
 ) -> None:
     """Build and print.
 
     `speedup`, `predict`, `predict_splits` (numbers with commas): which steps the device predicts; None computes all.
+    `hot_speedup`: of second masks with fewer computed steps, for a device that is hot.
 
     `precision`: of the device's U-Net; "auto" is the profile's own. `prompts`: a file, one a line, to calibrate on.
     `work`: where stages are kept for the next build, OUTPUT.work if not given. `recipe`: a file with a rule for every
@@ -77,7 +79,7 @@ def run(
         from latentrelay.export import export, load_source
         from latentrelay.export.bundle_folder import check_output
     check_output(output.absolute(), overwrite=overwrite)
-    prediction = _prediction(speedup, predict, predict_splits)
+    prediction = _prediction(speedup, predict, predict_splits, hot_speedup)
     if (data is None and steps is not None) or (data is not None and (model in OURS or student != "auto")):
         raise RequestError(
             "--data and --steps are for compressing a model of your own first",
@@ -148,19 +150,21 @@ def _precision(asked: str, profile: DeviceProfile, sampler: str) -> str:
     return target
 
 
-def _prediction(speedup: float | None, predict: str, splits: str | None) -> Any:
+def _prediction(speedup: float | None, predict: str, splits: str | None, hot_speedup: float | None = None) -> Any:
     """What is asked to be predicted, None where nothing is. Raises RequestError."""
     from latentrelay.export.prediction_pass import PredictionAsk
 
     if speedup is None:
-        if predict != "auto" or splits is not None:
-            raise RequestError("--predict and --predict-splits go with --speedup", do="Give --speedup too.")
+        if predict != "auto" or splits is not None or hot_speedup is not None:
+            raise RequestError(
+                "--predict, --predict-splits and --hot-speedup go with --speedup", do="Give --speedup too."
+            )
         return None
     try:
         chosen = tuple(sorted({int(word) for word in splits.split(",")})) if splits is not None else ()
     except ValueError as error:
         raise RequestError("the splits are not numbers", got=splits, expected="numbers with commas, as 0,8") from error
-    return PredictionAsk(speedup, predict, chosen)  # type: ignore[arg-type]  # which checks it
+    return PredictionAsk(speedup, predict, chosen, hot_speedup)  # type: ignore[arg-type]  # which checks it
 
 
 def _packages(encoding: str | None, apple_layout: bool) -> Any:
