@@ -59,14 +59,15 @@ class ActivationMemory:
             with _LiveBytes() as live:
                 live.know(list(unet.parameters()) + list(unet.buffers()))
                 unet(sample, timesteps, encoder_hidden_states=embeds, return_dict=False)
-        return live.peak
+        peak: int = live.peak
+        return peak
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of storages from when an operation returns them until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen: set[int] = set()
 

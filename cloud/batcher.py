@@ -1,29 +1,53 @@
 """Step-level continuous batching: many requests' denoising runs through one network, a step at a time.
 
 In: `RunRequest`s from any thread. Out: a `Ticket` each, whose future is the `Handoff`. One thread runs the network;
-between two of its calls requests join and leave, whatever their step, split, sampler, guidance or prompt.
+between two of its calls requests join and leave, whatever their step, split, sampler, guidance or prompt. A second one
+keeps deadlines, so that a call that hangs holds up nobody's answer. Equal requests share one run. What is computed
+for a request is diffusers' own arithmetic; who shared its calls changes it by floating-point noise only, and nothing
+at all where it asks to be deterministic.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
 
-from latentrelay.cloud.engine import Engine
-from latentrelay.cloud.requests import RunRequest
+import torch
+from latentrelay.cloud.activation_memory import ActivationMemory, free_bytes
+from latentrelay.cloud.content_cache import ContentCache, content_key
+from latentrelay.cloud.engine import Engine, stacked_embeds
+from latentrelay.cloud.errors import (
+    DeadlinePassedError,
+    DeadlineRefusedError,
+    DrainingError,
+    MemoryRefusedError,
+    QueueFullError,
+    RunCancelled,
+    RunFailedError,
+)
+from latentrelay.cloud.forecast import Size, StepTimes, steps_until_done
+from latentrelay.cloud.network_call import shared_call, where
+from latentrelay.cloud.places import ALONE, Job, Places
+from latentrelay.cloud.requests import RunRequest, wire_version
+from latentrelay.cloud.run_state import Snapshot
+from latentrelay.cloud.text_states import TextStates
+from latentrelay.cloud.ticket import BatchObserver, OnStep, SilentObserver, StepReport, Ticket
+from latentrelay.runtime.errors import LatentRelayError, NonFiniteError
 from latentrelay.runtime.handoff import Handoff
 
+__all__ = ["BatchObserver", "Batcher", "Load", "StepReport", "Ticket"]
 
-@dataclass(frozen=True)
-class StepReport:
-    """A step is done: `step` of `split` (1 first) in a run of `num_steps`; preview (rows, columns, RGB bytes)."""
-
-    step: int
-    split: int
-    num_steps: int
-    preview: tuple[int, int, bytes] | None = None
+DEFAULT_STEPS = 25  # of the request that `Load.estimate_ms` is for
+MAX_BATCH = {"cpu": 16, "cuda": 32}
+_MEMORY_SHARE = 0.8  # of what is free, where the caller does not say how much memory there is
+_RESULT_BYTES, _TEXT_BYTES = 32 * 2**20, 128 * 2**20
+_log = logging.getLogger("latentrelay.cloud")
+Outcome = Callable[[], Handoff] | Exception
+Ended = list[tuple[Ticket, Outcome, str]]  # settled once the lock is released: futures call back
 
 
 @dataclass(frozen=True)
@@ -40,39 +64,6 @@ class Load:
     estimate_ms: float | None
 
 
-class BatchObserver(Protocol):
-    """What a batcher tells its metrics. Called on its thread: be quick and do not raise."""
-
-    def step(self, rows: int, capacity: int, seconds: float) -> None:
-        """A network call for `rows` requests of `capacity` places took `seconds`."""
-
-    def joined(self, wait_s: float) -> None:
-        """A request got its place after `wait_s`."""
-
-    def left(self, reason: str) -> None:
-        """A request ended: done | early | cached | cancelled | deadline | failed | refused."""
-
-    def cache(self, kind: str, hit: bool) -> None:
-        """A look into a cache: kind "text" or "result"."""
-
-
-OnStep = Callable[[StepReport], None]
-
-
-class Ticket:
-    """A submitted request. `future` gives the Handoff, or raises RunCancelled, DeadlinePassedError, NonFiniteError."""
-
-    future: Future[Handoff]
-
-    def cancel(self) -> None:
-        """End this request's run before its next step; its place is free at once."""
-        raise NotImplementedError
-
-    def queue_position(self) -> int | None:
-        """How many wait before this one; None once it runs or has ended."""
-        raise NotImplementedError
-
-
 class Batcher:
     """Runs requests together on one engine. Every method may be called from any thread."""
 
@@ -85,28 +76,464 @@ class Batcher:
         cache: bool = True,
         observer: BatchObserver | None = None,
     ) -> None:
-        raise NotImplementedError
+        """max_batch: requests a call (16 on the CPU, 32 elsewhere); memory_mib: for activations (a share of what is
+        free); cache: whether text states and results are kept and equal requests in flight share a run."""
+        self.engine = engine
+        self.max_batch = max_batch or MAX_BATCH.get(engine.device.type, MAX_BATCH["cuda"])
+        self._observer: BatchObserver = observer or SilentObserver()
+        self._budget_bytes = None if memory_mib is None else memory_mib * 2**20
+        self._free_bytes = free_bytes(engine.device)
+        branches = next(iter(engine.schedules.rules.values())).branches
+        self._memory = ActivationMemory(engine.unet, engine.text_length, branches)
+        self._lowered: dict[Size, int] = {}
+        self._texts = TextStates(engine, _TEXT_BYTES if cache else 0, self._observer)
+        self._results: ContentCache[Handoff] | None = ContentCache(_RESULT_BYTES) if cache else None
+        self._shared: dict[bytes, Job] = {}
+        self._embeds: dict[Size, tuple[tuple[int, ...], torch.Tensor]] = {}
+        self._places, self._times = Places(), StepTimes()
+        self._lock = threading.RLock()
+        self._work, self._due = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._closing = self._draining = False
+        self._count = 0
+        self._threads: tuple[threading.Thread, ...] = ()
 
     def start(self) -> None:
-        """Start the thread; requests submitted before wait for it."""
-        raise NotImplementedError
+        """Start the threads; requests submitted before wait for it. torch's thread count is the caller's."""
+        count = torch.get_num_threads()
+        self._threads = (
+            threading.Thread(target=self._run, args=(count,), name="latentrelay-batcher", daemon=True),
+            threading.Thread(target=self._keep_deadlines, name="latentrelay-deadlines", daemon=True),
+        )
+        for each in self._threads:
+            each.start()
 
     def drain(self) -> None:
         """Take nothing new from now on; what is held goes on."""
-        raise NotImplementedError
+        with self._lock:
+            self._draining = True
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Cancel everything between two steps and end the thread; a thread that hangs is left behind after a while."""
-        raise NotImplementedError
+        """Cancel everything and end the threads. A call that hangs is left behind after `timeout_s`."""
+        ended: Ended = []
+        with self._lock:
+            self._closing = True
+            for ticket in [each for job in self._places for each in job.tickets]:
+                self._end(ticket, RunCancelled("the service is ending"), "cancelled", ended)
+            self._work.notify_all()
+            self._due.notify_all()
+        self._settle(ended)
+        until = time.monotonic() + timeout_s
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, until - time.monotonic()))
+                if thread.is_alive():
+                    _log.error("the thread %s hangs in a network call and is left behind", thread.name)
 
     def submit(self, request: RunRequest, *, deadline_s: float | None = None, on_step: OnStep | None = None) -> Ticket:
         """Queue a request. deadline_s: seconds left; None takes the request's own, or the service's limit.
 
-        Raises ProblemError for what the engine cannot run, and a RefusedError for what it cannot run now:
-        QueueFullError, MemoryRefusedError, DeadlineRefusedError, DrainingError.
+        on_step follows every step, on the batcher's thread. Raises ProblemError for what the engine cannot run, and a
+        RefusedError for what it cannot run now: QueueFullError, MemoryRefusedError, DeadlineRefusedError,
+        DrainingError.
         """
-        raise NotImplementedError
+        self.engine.check(request)
+        own_s = self.engine.limits.deadline_s if request.deadline_ms is None else request.deadline_ms / 1000
+        left_s = own_s if deadline_s is None else deadline_s
+        ticket = Ticket(
+            request, time.monotonic() + left_s, wire_version(request), on_step, self._cancel, self._position
+        )
+        key = None if self._results is None else content_key([self.engine.digest, request.content()])
+        job = Job(request, self.engine.latent_shape(request)[2:], 0, key)
+        try:
+            self._capacity(job)  # a size that was never asked for is looked into before the lock is taken
+            found = self._take(job, ticket, left_s)
+        except LatentRelayError:
+            self._observer.left("refused")
+            raise
+        if self._results is not None:
+            self._observer.cache("result", found)
+        return ticket
 
     def load(self) -> Load:
         """What is held now, and the measured times."""
-        raise NotImplementedError
+        with self._lock:
+            waiting, running = len(self._places.waiting), self._places.running
+            median, occupancy = self._times.median_s, self._times.occupancy
+            height, width = self.engine.default_size
+            size = (height // self.engine.downscale, width // self.engine.downscale)
+            estimate = self._estimate_s(size, size, DEFAULT_STEPS // 2, None)
+        return Load(waiting, running, self.engine.limits.queue, _ms(median), occupancy, _ms(estimate))
+
+    # Under the lock, from the caller's thread.
+
+    def _take(self, job: Job, ticket: Ticket, left_s: float) -> bool:
+        """Answer from a result, join an equal run, or queue; whether the first or the second."""
+        with self._lock:
+            if self._closing or self._draining:
+                raise DrainingError("the service is ending", retry_after_s=5)
+            kept = self._results.get(job.key) if self._results is not None and job.key is not None else None
+            if kept is None:
+                shared = self._shared.get(job.key) if job.key is not None else None
+                self._admit(shared or job, job.request, ticket.deadline, left_s, is_new=shared is None)
+                ticket.job = shared or job
+                ticket.job.tickets.append(ticket)
+                if shared is None:
+                    self._count += 1
+                    job.order = self._count
+                    self._places.waiting.append(job)
+                    if job.key is not None:
+                        self._shared[job.key] = job
+                self._work.notify_all()
+                self._due.notify_all()
+                return shared is not None
+            ticket.ended = True
+        self._settle([(ticket, lambda: kept, "cached")])
+        return True
+
+    def _admit(self, job: Job, request: RunRequest, deadline: float, left_s: float, *, is_new: bool) -> None:
+        """Raise a RefusedError where there is no room, no memory or no time."""
+        held = len(self._places.waiting) + self._places.running
+        if is_new and held >= self.engine.limits.queue:
+            raise QueueFullError(held, self._free_place_s())
+        if is_new and self._capacity(job) < 1:
+            rows, columns = job.size
+            need, have = self._memory.bytes(1, rows, columns) / 2**20, self._activation_bytes() / 2**20
+            raise MemoryRefusedError(
+                f"a run of {request.height}x{request.width} pixels does not fit the memory",
+                got=f"{have:.0f} MiB for activations",
+                expected=f"{need:.0f} MiB",
+                retry_after_s=30,
+            )
+        steps = job.calls_left(request.splits()[0])
+        seconds = self._estimate_s(job.size, job.group, steps, deadline) if is_new else self._remaining_s(job, steps)
+        if left_s <= 0 or (seconds is not None and seconds > left_s):
+            raise DeadlineRefusedError(
+                "the deadline cannot be met",
+                got=f"{max(0.0, 1000 * left_s):.0f} ms",
+                expected=None if seconds is None else f"about {1000 * seconds:.0f} ms",
+                retry_after_s=self._free_place_s(),
+            )
+
+    def _estimate_s(self, size: Size, group: Size, steps: int, deadline: float | None) -> float | None:
+        """Seconds until a new run of this group has made `steps` calls, or None before anything was measured."""
+        probe = Job(_NOBODY, size, 0, None)
+        places = 1 if group == ALONE else max(1, self._capacity(probe))
+        running = [job.calls_left() for job in self._places.in_group(group)]
+        queue = [job for job in self._places.queue() if job.group == group]
+        before = [job.calls_left() for job in queue if deadline is None or job.rank[0] <= deadline]
+        call_s = self._times.seconds(size, min(places, len(running) + len(before) + 1))
+        if call_s is None:
+            return None
+        turns = len(self._places.groups() | {group})
+        return steps_until_done(running, before, places, steps) * call_s * turns
+
+    def _remaining_s(self, job: Job, steps: int) -> float | None:
+        """Seconds until a run that has a place, or waits, has made `steps` more calls."""
+        if job.state is None:
+            return self._estimate_s(job.size, job.group, steps, job.rank[0])
+        together = len(self._places.in_group(job.group))
+        call_s = self._times.seconds(job.size, max(1, min(together, self._capacity(job))))
+        return None if call_s is None else steps * call_s * len(self._places.groups())
+
+    def _free_place_s(self) -> float:
+        """About when there is room for another: when all that is held is done, at the pace of the last calls."""
+        calls = sum(job.calls_left() for job in self._places)
+        return calls * (self._times.median_s or 1.0) / self.max_batch
+
+    def _capacity(self, job: Job) -> int:
+        """How many runs of this size go into one call."""
+        fits = self._memory.most(self._activation_bytes(), *job.size)
+        return min(self.max_batch, self._lowered.get(job.size, self.max_batch), fits)
+
+    def _activation_bytes(self) -> float:
+        return _MEMORY_SHARE * self._free_bytes if self._budget_bytes is None else self._budget_bytes
+
+    def _end(self, ticket: Ticket, outcome: Outcome, reason: str, ended: Ended) -> None:
+        """Take a ticket off its run; a run without tickets gives up its place. The first to call it wins."""
+        if ticket.ended:
+            return
+        ticket.ended = True
+        ended.append((ticket, outcome, reason))
+        job = ticket.job
+        if job is None:
+            return
+        job.tickets.remove(ticket)
+        if not job.tickets:
+            self._places.remove(job)
+            if job.key is not None and self._shared.get(job.key) is job:
+                del self._shared[job.key]
+
+    def _cancel(self, ticket: Ticket) -> None:
+        ended: Ended = []
+        with self._lock:
+            self._end(ticket, RunCancelled("the run was cancelled"), "cancelled", ended)
+            self._work.notify_all()
+        self._settle(ended)
+
+    def _position(self, ticket: Ticket) -> int | None:
+        with self._lock:
+            queue = self._places.queue()
+            return queue.index(ticket.job) if not ticket.ended and ticket.job in queue else None
+
+    def _settle(self, ended: Ended) -> None:
+        """Outside the lock: give futures what they wait for."""
+        for ticket, outcome, reason in ended:
+            try:
+                if isinstance(outcome, Exception):
+                    ticket.future.set_exception(outcome)
+                else:
+                    ticket.future.set_result(_in_version(outcome(), ticket.wire_version))
+            except LatentRelayError as error:  # out of float16's range
+                ticket.future.set_exception(error)
+                reason = "failed"
+            except Exception as error:
+                _log.error("a handoff could not be made: %s", where(error))
+                ticket.future.set_exception(RunFailedError("the handoff could not be made"))
+                reason = "failed"
+            self._observer.left(reason)
+
+    # On the thread that keeps deadlines.
+
+    def _keep_deadlines(self) -> None:
+        while True:
+            ended: Ended = []
+            with self._lock:
+                if self._closing:
+                    return
+                tickets = [each for job in self._places for each in job.tickets]
+                now = time.monotonic()
+                for ticket in tickets:
+                    if ticket.deadline <= now:
+                        self._expire(ticket, ended)
+                if not ended:
+                    self._due.wait(min((each.deadline - now for each in tickets), default=None))
+            self._settle(ended)
+
+    def _expire(self, ticket: Ticket, ended: Ended) -> None:
+        """The deadline is here: the largest acceptable split that was reached, or none."""
+        job = ticket.job
+        if job is not None and job.reached is not None:
+            self._end(ticket, self._made(job, job.reached), "early", ended)
+        else:
+            error = DeadlinePassedError(
+                "the run did not reach a split it may be handed over at before its deadline",
+                do="Ask for a smaller split, a later deadline, or run all steps on the device.",
+            )
+            self._end(ticket, error, "deadline", ended)
+
+    def _made(self, job: Job, snapshot: Snapshot) -> Callable[[], Handoff]:
+        state = job.state
+        if state is None:
+            raise ValueError("a run that has not begun has nothing to hand over")
+        return lambda: self.engine.handoff(state, snapshot)
+
+    # On the thread that runs the network.
+
+    def _run(self, torch_threads: int) -> None:
+        if torch.get_num_threads() != torch_threads:
+            torch.set_num_threads(torch_threads)
+        with torch.inference_mode():
+            while True:
+                with self._lock:
+                    while not self._closing and not self._places.groups():
+                        self._work.wait()
+                    if self._closing:
+                        return
+                self._round_or_fail()
+
+    def _round_or_fail(self) -> None:
+        """One round. An error of the batcher's own ends the runs that have a place, never the thread."""
+        try:
+            self._round()
+        except Exception as error:
+            _log.error("a round failed: %s", where(error))
+            with self._lock:
+                jobs = [job for job in self._places if job not in self._places.waiting]
+            self._fail(jobs, RunFailedError("the run could not go on"))
+
+    def _round(self) -> None:
+        """Let runs join, and make one call for those whose turn it is."""
+        if self._budget_bytes is None:
+            self._free_bytes = free_bytes(self.engine.device)
+        with self._lock:
+            joined = self._places.fill(lambda job: max(1, self._capacity(job)))
+        self._begin(joined)
+        with self._lock:
+            jobs = self._places.turn(self._capacity)
+        if jobs:
+            started = time.perf_counter()
+            self._step(jobs)
+            with self._lock:
+                self._places.charge(jobs[0].group, time.perf_counter() - started)
+
+    def _begin(self, jobs: list[Job]) -> None:
+        """Noise and text states for those that got a place. One that fails ends alone."""
+        begun = []
+        for job in jobs:
+            for ticket in job.tickets:
+                self._observer.joined(time.monotonic() - ticket.submitted)
+            try:
+                job.state = self.engine.begin(job.request)
+            except Exception as error:
+                self._fail([job], _clean(error))
+                continue
+            if job.state.done:
+                self._finish(job)
+            else:
+                begun.append(job)
+        states = [job.state for job in begun if job.state is not None]
+        for job, failure in zip(begun, self._texts.fill(states), strict=True):
+            if failure is not None:
+                self._fail([job], _clean(failure))
+
+    def _step(self, jobs: list[Job]) -> None:
+        """One step of every run: steps that the step cache skips at once, the others by one shared call."""
+        calling = []
+        for job in jobs:
+            if self._skipped(job):
+                calling.append(job)
+        states = [job.state for job in calling if job.state is not None]
+        if not states:
+            return
+        started = time.perf_counter()
+        outcomes, fitted = shared_call(self.engine, states, self._stacked(calling))
+        moved = []
+        for job, state, outcome in zip(calling, states, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                self._fail([job], outcome)
+                continue
+            try:
+                state.advance(outcome)
+                moved.append(job)
+            except Exception as error:
+                self._fail([job], _clean(error))
+        good = self._finite(moved)
+        seconds = time.perf_counter() - started
+        with self._lock:
+            size, group = calling[0].size, calling[0].group
+            if fitted < len(calling):
+                self._lowered[size] = fitted
+            capacity = 1 if group == ALONE else max(1, self._capacity(calling[0]))
+            self._times.record(size, len(calling), seconds, max(capacity, len(calling)))
+        self._observer.step(len(calling), max(capacity, len(calling)), seconds)
+        for job in good:
+            self._stepped(job)
+
+    def _skipped(self, job: Job) -> bool:
+        """Make the steps that do without the network; whether the run then wants it."""
+        while job.state is not None and job.tickets and not job.state.done:
+            if job.state.needs_network:
+                return True
+            try:
+                job.state.advance(job.state.held(), computed=False)
+            except Exception as error:
+                self._fail([job], _clean(error))
+                return False
+            if self._finite([job]):
+                self._stepped(job)
+        return False
+
+    def _stacked(self, jobs: list[Job]) -> torch.Tensor:
+        """The text states of a call, kept for as long as the same runs make it."""
+        who, group = tuple(job.order for job in jobs), jobs[0].group
+        kept = self._embeds.get(group)
+        if kept is None or kept[0] != who:
+            with self._lock:
+                groups = self._places.groups()
+            self._embeds = {each: held for each, held in self._embeds.items() if each in groups}
+            kept = self._embeds[group] = (who, stacked_embeds([job.state for job in jobs if job.state is not None]))
+        return kept[1]
+
+    def _finite(self, jobs: list[Job]) -> list[Job]:
+        """Those whose latents are numbers; the others end. On an accelerator this is where its work is waited for."""
+        states = [job.state for job in jobs if job.state is not None]
+        if not states:
+            return []
+        counts = (~torch.isfinite(torch.cat([each.latents for each in states]))).flatten(1).sum(1).tolist()
+        for job, state, bad in zip(jobs, states, counts, strict=True):
+            if bad:
+                self._fail([job], NonFiniteError("the cloud's U-Net", step=state.step - 1, count=int(bad)))
+        return [job for job, bad in zip(jobs, counts, strict=True) if not bad]
+
+    def _stepped(self, job: Job) -> None:
+        """After a step: tell, keep what may be handed over, hand over what is done or will not get further in time."""
+        state = job.state
+        if state is None:
+            return
+        self._report(job)
+        if state.done:
+            self._finish(job)
+            return
+        if state.step in job.request.accept_splits:
+            job.reached = state.snapshot()
+        if job.reached is None:
+            return
+        ended: Ended = []
+        following = next(each for each in job.request.splits() if each > job.reached.step)
+        with self._lock:
+            seconds = self._remaining_s(job, job.calls_left(following))
+            for ticket in list(job.tickets):
+                if seconds is not None and time.monotonic() + seconds > ticket.deadline:
+                    self._end(ticket, self._made(job, job.reached), "early", ended)
+        self._settle(ended)
+
+    def _report(self, job: Job) -> None:
+        state, request = job.state, job.request
+        if state is None:
+            return
+        with self._lock:
+            tickets = list(job.tickets)
+        picture = None
+        if any(ticket.request.preview for ticket in tickets):
+            rgb = self.engine.preview(state.latents if state.x0 is None else state.x0)
+            picture = (rgb.shape[0], rgb.shape[1], rgb.tobytes())
+        for ticket in tickets:
+            shown = picture if ticket.request.preview else None
+            ticket.report(StepReport(state.step, request.split, request.num_steps, shown))
+
+    def _finish(self, job: Job) -> None:
+        """The split is reached: everyone gets the handoff, and it is kept for those who ask for the same again."""
+        state, ended = job.state, Ended()
+        if state is None:
+            return
+        try:
+            handoff = self.engine.handoff(state, state.snapshot())
+        except Exception as error:
+            self._fail([job], _clean(error))
+            return
+        with self._lock:
+            if self._results is not None and job.key is not None:
+                size = handoff.latents.nbytes + (0 if handoff.x0_prev is None else handoff.x0_prev.nbytes)
+                self._results.put(job.key, handoff, size + 4096)
+            for ticket in list(job.tickets):
+                self._end(ticket, lambda: handoff, "done", ended)
+        self._settle(ended)
+
+    def _fail(self, jobs: list[Job], error: Exception) -> None:
+        ended: Ended = []
+        with self._lock:
+            for ticket in [each for job in jobs for each in job.tickets]:
+                self._end(ticket, error, "failed", ended)
+        self._settle(ended)
+
+
+_NOBODY = RunRequest(prompt="", seed=0, height=1, width=1, num_steps=1, split=0)
+
+
+def _clean(error: Exception) -> Exception:
+    """What a client may be told: our own errors as they are, nothing of anybody else's."""
+    if isinstance(error, LatentRelayError):
+        return error
+    _log.error("a run failed: %s", where(error))
+    return RunFailedError("the run could not go on", do="Ask again, or run all steps on the device.")
+
+
+def _in_version(handoff: Handoff, version: str) -> Handoff:
+    """The same handoff in the wire version that this client reads: results are shared between versions."""
+    if handoff.meta.schema_version == version:
+        return handoff
+    return dataclasses.replace(handoff, meta=dataclasses.replace(handoff.meta, schema_version=version))
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1000 * seconds

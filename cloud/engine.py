@@ -114,6 +114,11 @@ class Engine:
         return device
 
     @property
+    def text_length(self) -> int:
+        """T: how many tokens the text states are for."""
+        return int(self._pipeline.tokenizer.model_max_length)
+
+    @property
     def default_size(self) -> tuple[int, int]:
         """Height and width in pixels that the model was made for."""
         side = self._pipeline.unet.config.sample_size
@@ -267,7 +272,10 @@ class Engine:
         return predicted[: len(states)]
 
     def handoff(self, state: RunState, snapshot: Snapshot) -> Handoff:
-        """A run's handoff at a step it has reached, in the newest schema version that the request reads. Raises HandoffFormatError for what is out of float16's range."""
+        """A run's handoff at a step it has reached, in the newest schema version that the request reads.
+
+        Raises HandoffFormatError for what is out of float16's range.
+        """
         request = state.request
         return Handoff(
             latents=_wire(snapshot.latents, request.dtype),

@@ -51,4 +51,5 @@ def _smooth_latents(channels: int, generator: torch.Generator) -> torch.Tensor:
     for scale in _SCALES:
         coarse = torch.randn((_SAMPLES, channels, scale, scale), generator=generator)
         layers.append(functional.interpolate(coarse, size=(_SIDE, _SIDE), mode="nearest"))
-    return torch.stack(layers).sum(0) / len(layers) ** 0.5
+    smooth: torch.Tensor = torch.stack(layers).sum(0) / len(layers) ** 0.5
+    return smooth

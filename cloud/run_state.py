@@ -66,6 +66,11 @@ class RunState:
         """Whether the next step calls the network; otherwise `advance(held())` makes it."""
         return self._cache is None or self.step in self._cache.computed or not self._held
 
+    def calls_until(self, split: int) -> int:
+        """Network calls from now until `split` steps are done."""
+        left = range(self.step, split)
+        return len(left) if self._cache is None else sum(1 for each in left if each in self._cache.computed)
+
     def sample(self) -> torch.Tensor:
         """(1, C, h, w): what the network is given."""
         scaled: torch.Tensor = self.scheduler.scale_model_input(self.latents, self.timestep)

@@ -7,10 +7,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from latentrelay.cloud.requests import RunRequest
 from latentrelay.runtime.handoff import Handoff
+
+if TYPE_CHECKING:
+    from latentrelay.cloud.places import Job
 
 _log = logging.getLogger("latentrelay.cloud")
 
@@ -78,6 +81,7 @@ class Ticket:
         self.submitted = time.monotonic()
         self.future: Future[Handoff] = Future()
         self.future.set_running_or_notify_cancel()
+        self.job: Job | None = None  # the run it waits for
         self.ended = False  # set by whoever settles the future, under the batcher's lock
         self._on_step, self._cancel, self._position = on_step, cancel, position
 
