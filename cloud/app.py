@@ -1,177 +1,95 @@
-"""The ASGI application: `POST /v1/handoffs`, `GET /v1/capabilities`, `GET /healthz`, `GET /metrics`.
+"""The ASGI application: jobs by `POST /v1/handoffs`, their state, events and blobs, capabilities, health, metrics.
 
-Runs are made on one worker thread, so that every other request is answered meanwhile; a client that goes away cancels
-its run between two steps. Errors are application/problem+json. Prompts are neither logged nor repeated in errors.
+Made from the table of routes (route_table.py), which the OpenAPI document at /v1/openapi.json is made from too. Errors
+are application/problem+json. Prompts are neither logged nor repeated in errors. The job board and the batcher are
+started and ended by the application's lifespan.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import Any
 
-from latentrelay.cloud.cancel import Cancellation
+from latentrelay.cloud.answering import Answering, as_problem
 from latentrelay.cloud.engine import Engine
-from latentrelay.cloud.errors import ProblemError, QueueFullError, RunCancelled
-from latentrelay.cloud.http import (
-    handoff_response,
-    problem_response,
-    read_body,
-    require_json,
-    require_token,
-    require_wait,
-)
-from latentrelay.cloud.metrics import Metrics
-from latentrelay.cloud.requests import RunRequest, parse_request
+from latentrelay.cloud.http import problem_response
+from latentrelay.cloud.route_table import OPERATIONS, Operation
+from latentrelay.cloud.routes_handoffs import HandoffRoutes
+from latentrelay.cloud.routes_service import ServiceRoutes
+from latentrelay.cloud.service import Service
 from latentrelay.cloud.service_options import ServiceOptions
-from latentrelay.cloud.worker import Worker
-from latentrelay.runtime.errors import LatentRelayError
+from latentrelay.cloud.store import Store
+from latentrelay.cloud.tokens import Tokens
+from latentrelay.runtime.errors import RequestError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 Handler = Callable[[Request], Awaitable[Response]]
-_log = logging.getLogger("latentrelay.cloud")
-_DEFAULT_OPTIONS = ServiceOptions()
-
-
-class Service:
-    """What the routes share: the engine, the worker thread, the metrics, the token."""
-
-    def __init__(self, engine: Engine, token: str | None) -> None:
-        self.engine = engine
-        self.metrics = Metrics()
-        self.worker = Worker(engine.limits.queue)
-        self._token = token
-
-    async def health(self, request: Request) -> Response:
-        """Open to everyone: the process answers."""
-        return JSONResponse({"status": "ok"})
-
-    async def capabilities(self, request: Request) -> Response:
-        """What is served: model, samplers and their digests, limits."""
-        require_token(request, self._token)
-        return JSONResponse(self.engine.capabilities())
-
-    async def prometheus(self, request: Request) -> Response:
-        """The metrics, under the same token as the rest."""
-        require_token(request, self._token)
-        self.metrics.in_flight.set(self.worker.held)
-        return Response(self.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-    async def handoffs(self, request: Request) -> Response:
-        """Run the first steps and answer with the blob."""
-        require_token(request, self._token)
-        require_wait(request)
-        require_json(request)
-        body = await read_body(request, self.engine.limits.max_body_bytes)
-        wanted = parse_request(body, self.engine.limits)
-        self.engine.check(wanted)
-        started = time.perf_counter()
-        blob = await self._made(request, wanted)
-        seconds = time.perf_counter() - started
-        self.metrics.seconds.observe(seconds)
-        self.metrics.bytes.inc(len(blob))
-        return handoff_response(blob, 1000 * seconds)
-
-    async def _made(self, request: Request, wanted: RunRequest) -> bytes:
-        """The blob from the worker thread; a client that disconnects first cancels the run."""
-        cancellation = Cancellation(parent=self.worker.cancellation)
-        run: asyncio.Future[bytes] = self.worker.submit(partial(self._job, wanted, cancellation))
-        gone: asyncio.Future[None] = asyncio.ensure_future(_disconnected(request))
-        both: set[asyncio.Future[Any]] = {run, gone}
-        try:
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            return await run if run.done() else await _ended(run, cancellation)
-        finally:
-            cancellation.cancel()
-            gone.cancel()
-
-    def _job(self, wanted: RunRequest, cancellation: Cancellation) -> bytes:
-        return self.engine.run(wanted, cancellation=cancellation, on_step=self._count).to_bytes()
-
-    def _count(self, step: int, num_steps: int) -> None:
-        self.metrics.steps.inc()
+_DEFAULT = ServiceOptions()
 
 
 def create_app(
     engine: Engine,
     *,
     token: str | None = None,
-    tokens: Any = None,
-    store: Any = None,
-    service: ServiceOptions = _DEFAULT_OPTIONS,
+    tokens: Tokens | None = None,
+    store: Store | None = None,
+    service: ServiceOptions = _DEFAULT,
 ) -> Starlette:
-    """The application around a loaded engine; with `token`, all but /healthz needs it. Limits are the engine's."""
-    shared = Service(engine, token)
+    """The application around a loaded engine; its limits are the engine's.
+
+    token or tokens: who may call (neither: everyone); /healthz and /readyz are open to all. store: where jobs are kept;
+    None is a folder that ends with the application. Raises RequestError for both a token and tokens.
+    """
+    if token is not None and tokens is not None:
+        raise RequestError("both a token and a file of tokens were given", do="Give one of them.")
+    callers = tokens or (Tokens.single(token) if token is not None else Tokens.none())
+    shared = Service(engine, tokens=callers, store=store, options=service)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        shared.worker.close()
+        await shared.open()
+        try:
+            yield
+        finally:
+            await shared.end()
 
-    routes = [
-        _route("/healthz", shared.health, "GET", shared.metrics),
-        _route("/metrics", shared.prometheus, "GET", shared.metrics),
-        _route("/v1/capabilities", shared.capabilities, "GET", shared.metrics),
-        _route("/v1/handoffs", shared.handoffs, "POST", shared.metrics),
-    ]
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
+    handlers = [HandoffRoutes(shared), ServiceRoutes(shared)]
+    app = Starlette(
+        routes=[_route(path, handlers, shared) for path in dict.fromkeys(each.path for each in OPERATIONS)],
+        lifespan=lifespan,
+        middleware=[Middleware(Answering, metrics=shared.metrics)],
+        exception_handlers={HTTPException: _http_error},
+    )
     app.state.service = shared
     return app
 
 
-def _route(path: str, handler: Handler, method: str, metrics: Metrics) -> Route:
+def _route(path: str, handlers: list[object], service: Service) -> Route:
+    """All operations of one path, so that another method is answered with 405 and every method in Allow."""
+    by_method: dict[str, tuple[Operation, Handler]] = {}
+    for operation in OPERATIONS:
+        if operation.path == path:
+            handler = next(getattr(each, operation.name) for each in handlers if hasattr(each, operation.name))
+            by_method[operation.method] = (operation, handler)
+            if operation.method == "GET":
+                by_method["HEAD"] = by_method["GET"]
+
     async def endpoint(request: Request) -> Response:
-        response = await _answered(handler, request)
-        metrics.requests.labels(route=path, status=str(response.status_code)).inc()
-        return response
-
-    return Route(path, endpoint, methods=[method])
-
-
-async def _answered(handler: Handler, request: Request) -> Response:
-    try:
+        request.state.route = path
+        operation, handler = by_method[request.method]
+        if not operation.public:
+            request.state.caller = service.tokens.authenticate(request.headers.get("authorization"))
         return await handler(request)
-    except ProblemError as problem:
-        return problem_response(problem)
-    except QueueFullError as error:
-        headers = {"Retry-After": str(error.retry_after_s)}
-        return problem_response(ProblemError(503, "queue-full", str(error), headers=headers))
-    except (RunCancelled, asyncio.CancelledError):  # the latter only when the server ends: answer before it does
-        headers = {"Retry-After": "1"}
-        return problem_response(
-            ProblemError(503, "cancelled", "The run was cancelled before it ended.", headers=headers)
-        )
-    except LatentRelayError as error:
-        _log.error("a run failed: %s", error)
-        return problem_response(ProblemError(500, "run-failed", str(error)))
-    except Exception as error:
-        # The type alone: messages of tokenizers and the like may quote what they were given.
-        _log.error("a request failed: %s", type(error).__name__)
-        return problem_response(ProblemError(500, "internal-error", f"Internal error ({type(error).__name__})."))
+
+    return Route(path, endpoint, methods=list(by_method))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    kind = {404: "not-found", 405: "method-not-allowed"}.get(status, "http-error")
-    detail = "There are POST /v1/handoffs, GET /v1/capabilities, GET /healthz and GET /metrics."
-    return problem_response(ProblemError(status, kind, detail, headers=headers))
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _ended(run: asyncio.Future[bytes], cancellation: Cancellation) -> bytes:
-    """Cancel and wait, so that the next job does not start beside this one's last step."""
-    cancellation.cancel()
-    return await run
+    problem = as_problem(error)
+    request.state.kind = problem.kind
+    return problem_response(problem)

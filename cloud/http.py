@@ -6,9 +6,6 @@ Nothing here knows the model or the jobs. Whatever is wrong is a ProblemError; `
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import hmac
 import json
 import math
 import re
@@ -129,7 +126,7 @@ def require_json(request: Request) -> None:
     )
 
 
-async def read_body(request: Request, max_bytes: int, seconds: float = 10.0) -> bytes:
+async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
     """The body, at most `max_bytes`, within `seconds`.
 
     Raises 413 as soon as the length declared or what has come is more, 408 when the time is over.
@@ -176,51 +173,3 @@ def _exactness(name: str, offered: str) -> int:
 def _too_large(max_bytes: int, received: object) -> ProblemError:
     detail = f"The body is too large: at most {max_bytes} bytes are read."
     return ProblemError(413, "body-too-large", detail, field="body", received=received, wanted=max_bytes)
-
-
-def require_token(request: Request, token: str | None) -> None:
-    """Raise 401 unless `token` is None or comes as `Authorization: Bearer`; compared in constant time."""
-    if token is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    same = hmac.compare_digest(_sha256(given.strip()), _sha256(token))
-    if scheme.lower() != "bearer" or not same:
-        raise ProblemError(
-            401,
-            "unauthorised",
-            "This service needs its token as Authorization: Bearer.",
-            field="authorization",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-
-
-def require_wait(request: Request) -> None:
-    """Raise 400 unless the client says `Prefer: wait` (RFC 7240; wait=seconds counts)."""
-    preferences = ",".join(request.headers.getlist("prefer")).split(",")
-    names = {each.split(";")[0].split("=")[0].strip().lower() for each in preferences}
-    if "wait" not in names:
-        raise ProblemError(
-            400,
-            "synchronous-only",
-            "This version answers synchronously only: send the header Prefer: wait.",
-            field="prefer",
-            received=request.headers.get("prefer", "nothing")[:80],
-            wanted="wait",
-        )
-
-
-def handoff_response(blob: bytes, cloud_ms: float) -> Response:
-    """The blob with its strong ETag, its Repr-Digest (RFC 9530) and the time the cloud took."""
-    digest = hashlib.sha256(blob)
-    headers = {
-        "ETag": f'"{digest.hexdigest()}"',
-        "Repr-Digest": f"sha-256=:{base64.b64encode(digest.digest()).decode()}:",
-        "Preference-Applied": "wait",
-        "Latentrelay-Cloud-Ms": f"{cloud_ms:.1f}",
-        "Cache-Control": "no-store",
-    }
-    return Response(blob, headers=headers, media_type=MEDIA_TYPE)
-
-
-def _sha256(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
