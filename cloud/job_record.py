@@ -56,7 +56,8 @@ class JobRecord:
 
     request: the body as it came; None once ended. fingerprint: "<salt>:<sha256 of salt and body>". attempts: how often
     a runner began it; adoptions: how often another runner took it over. etag and size of the blob and the step it was
-    made at: only when done. problem: an RFC 9457 document, only when failed.
+    made at: only when done. content: the key under which its result may be shared. problem: an RFC 9457 document, only
+    when failed.
     """
 
     id: str
@@ -70,6 +71,7 @@ class JobRecord:
     request: str | None = None
     deadline_s: float | None = None
     trace: str | None = None
+    content: str | None = None
     attempts: int = 1
     adoptions: int = 0
     next_step: int | None = None
@@ -103,7 +105,11 @@ class JobRecord:
 
     def past(self, state: str) -> JobRecord:
         """The record of an ended job whose result is no longer kept; it is remembered from when it ended."""
-        return dataclasses.replace(self, state=state, request=None, etag=None, problem=None)
+        return dataclasses.replace(self, state=state, request=None, etag=None, problem=None, content=None)
+
+    def with_problem(self, problem: Mapping[str, Any]) -> JobRecord:
+        """The record of a job that failed for this reason."""
+        return dataclasses.replace(self, problem=problem)
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""

@@ -1,0 +1,267 @@
+"""What a board does on its own: adopts the jobs of dead runners, ends what is over, removes what nobody needs.
+
+Who is dead the store's registrations say, not a clock. Adopting is one compare-and-swap of the record, so that one
+replica alone does it. Results end after their time to live, records after theirs; blobs that no record and no cached
+result names are removed when they were seen so twice, a while apart by this process's own clock.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from latentrelay.cloud import logs
+from latentrelay.cloud.doorbell import Doorbell
+from latentrelay.cloud.errors import DeadlineRefusedError, MemoryRefusedError, ProblemError, RefusedError
+from latentrelay.cloud.job_ledger import DamagedRecordError, Entry, JobLedger
+from latentrelay.cloud.job_problems import deadline_passed, interrupted, problem_of, unreadable
+from latentrelay.cloud.job_record import JobRecord
+from latentrelay.cloud.job_runs import JobObserver, JobOptions
+from latentrelay.cloud.live_jobs import LiveJob, LiveJobs, overdue
+from latentrelay.cloud.requests import RunRequest
+from latentrelay.cloud.store import Registration, Stamp
+
+_log = logging.getLogger("latentrelay.cloud")
+_RETRY_S = 1.0  # between two tries of what the runner or the disk refused
+_REFUSALS = 60  # a job that does not fit this replica's memory so many times fails
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """An ended job as it was last read, so that it need not be read again before it is due."""
+
+    record: JobRecord
+    first_seen_s: float
+
+
+class Recovery:
+    """Called from one thread alone, every poll_s."""
+
+    def __init__(
+        self,
+        ledger: JobLedger,
+        live: LiveJobs,
+        bell: Doorbell,
+        registration: Registration,
+        options: JobOptions,
+        observer: JobObserver | None,
+        parse: Callable[[bytes], RunRequest],
+    ) -> None:
+        self._ledger, self._live, self._bell = ledger, live, bell
+        self._me, self._options, self._observer, self._parse = registration, options, observer, parse
+        self._ended: dict[str, _Ended] = {}
+        self._orphans: dict[str, tuple[Stamp, float]] = {}
+        self._shared: set[str] = set()
+        self._watched: dict[str, tuple[bytes | None, bytes | None]] = {}
+        self._damaged: set[str] = set()
+        self._refusals: Counter[str] = Counter()
+        self._retry_at = self._sweep_at = 0.0
+        self.elsewhere: Counter[str] = Counter()
+        self._left = 0
+        self.behind = 0
+        self.adopting = True
+
+    def poll(self) -> None:
+        """Everything that is due now. Raises what the store raises."""
+        self._me.hold()
+        self._watch()
+        self._read_cancel_notes()
+        now = time.monotonic()
+        again = now >= self._retry_at
+        if again:
+            self._retry_at = now + _RETRY_S
+            self._live.write_pending()
+            self._live.resubmit()
+        dead = [each for each in self._ledger.store.owners() if not self._ledger.store.alive(each)]
+        if now >= self._sweep_at or (again if self._left else dead):
+            self.sweep(dead)
+
+    def sweep(self, dead: list[str]) -> None:
+        """Look at every record: adopt what `dead` and forgotten runners left, end what is over, collect blobs."""
+        self._sweep_at = time.monotonic() + self._options.sweep_s
+        mine = self._live.all()
+        ids = self._ledger.ids()
+        orphans = self._look_at(ids)
+        self._record_again(mine, set(ids))
+        orphans.sort(key=lambda entry: entry.record.accepted.wall_s)
+        self._left = self._adopt_all(orphans) if self.adopting else len(orphans)
+        if not self._left:
+            for each in dead:
+                self._ledger.store.forget(each)
+        self._collect_results()
+        self._collect_blobs()
+        self._ledger.store.tidy()
+
+    def _watch(self) -> None:
+        """Wake those who wait for a job that runs in another replica, when its record or its progress has changed."""
+        waited = [id for id in self._bell.waited_for() if self._live.get(id) is None]
+        store = self._ledger.store
+        seen = {id: (store.read("job", id), store.read("progress", id)) for id in waited}
+        for id, now in seen.items():
+            if self._watched.get(id) != now:
+                self._bell.ring(id)
+        self._watched = seen
+
+    def _read_cancel_notes(self) -> None:
+        for id in self._ledger.cancel_notes():
+            live = self._live.get(id)
+            entry = self._ledger.read(id)
+            if live is not None and entry is not None and not entry.record.open:
+                self._live.stop(live)
+            if live is not None or entry is None or not self._ledger.store.alive(entry.record.runner):
+                self._ledger.forget_cancel(id)
+
+    def _look_at(self, ids: list[str]) -> list[Entry]:
+        """Read every record that is not known to be ended and not due; the open ones whose runner is dead."""
+        now = time.monotonic()
+        known, self._ended = self._ended, {}
+        self.elsewhere, orphans = Counter(), []
+        for id in ids:
+            seen = known.get(id)
+            if seen is not None and self._due(seen, now) is None:
+                self._ended[id] = seen
+                continue
+            try:
+                entry = self._ledger.read(id)
+            except DamagedRecordError:
+                if id not in self._damaged:
+                    logs.event(_log, "a job record cannot be understood", level=logging.ERROR, job=id)
+                    self._damaged.add(id)
+                continue
+            if entry is None:
+                continue
+            record = entry.record
+            if not record.open:
+                self._age(entry, seen.first_seen_s if seen is not None else now, now)
+            elif self._live.get(id) is None:
+                if record.runner != self._me.owner and self._ledger.store.alive(record.runner):
+                    self.elsewhere[record.owner] += 1
+                else:
+                    orphans.append(entry)
+        return orphans
+
+    def _due(self, seen: _Ended, now: float) -> str | None:
+        """What has to be done to an ended job: "expire", "remove" or nothing."""
+        record, watched_s = seen.record, now - seen.first_seen_s
+        if record.ended is None or overdue(record.ended, self._options.tombstone_s, watched_s=watched_s):
+            return "remove"
+        if record.state in ("done", "failed") and overdue(record.ended, self._options.ttl_s, watched_s=watched_s):
+            return "expire"
+        return None
+
+    def _age(self, entry: Entry, first_seen_s: float, now: float) -> None:
+        seen = _Ended(entry.record, first_seen_s)
+        due = self._due(seen, now)
+        if due == "remove":
+            self._ledger.remove(entry)
+            return
+        if due == "expire":
+            after = self._ledger.swap(entry, entry.record.past("expired"))
+            seen = _Ended(entry.record if after is None else after.record, first_seen_s)
+        self._ended[entry.record.id] = seen
+
+    def _record_again(self, mine: list[LiveJob], ids: set[str]) -> None:
+        """A job that runs here and is not in the store any more: the store was wiped, the job is still accepted."""
+        for live in mine:
+            id = live.entry.record.id
+            if id not in ids and live.settled.is_set() and self._live.get(id) is live and live.ended is None:
+                self._ledger.create(live.entry)
+
+    def _adopt_all(self, orphans: list[Entry]) -> int:
+        """Take jobs over, the oldest first, while the runner takes them; how many are left."""
+        self.behind = 0
+        for place, entry in enumerate(orphans):
+            try:
+                self._adopt(entry)
+            except MemoryRefusedError as error:
+                self._refusals[entry.record.id] += 1
+                if self._refusals[entry.record.id] >= _REFUSALS:
+                    self._fail(entry, ProblemError(503, error.kind, str(error)))
+                    del self._refusals[entry.record.id]
+                return len(orphans) - place
+            except RefusedError:
+                self.behind = len(orphans) - place
+                return self.behind
+        return 0
+
+    def _adopt(self, entry: Entry) -> None:
+        """Take one job over, or end it where it may not be begun again. RefusedError: nothing was changed."""
+        record = entry.record
+        note = self._ledger.progress(record.id)
+        begun = note is not None and note.runner == record.runner and note.step > 0
+        taken = record.taken_by(self._me.owner, begun=begun)
+        limit = self._options.max_attempts
+        if taken.attempts > limit or taken.adoptions > 4 * limit:
+            self._fail(entry, interrupted())
+            return
+        if record.left_s() == 0.0:
+            self._fail(entry, deadline_passed())
+            return
+        try:
+            request = self._parse((record.request or "").encode())
+        except Exception:
+            self._fail(entry, unreadable())
+            return
+        live = self._live.reserve(Entry.of(taken), request)
+        if live is None:
+            return
+        written = False
+        try:
+            written = self._ledger.swap(entry, taken) is not None
+        finally:
+            if not written:
+                self._live.abandon(live)
+        if not written:
+            return  # another replica was first, or the job has ended
+        try:
+            self._live.submit(live)
+        except DeadlineRefusedError:
+            self._live.fail(live, deadline_passed().document())
+        except RefusedError:
+            self._live.abandon(live)
+            self._ledger.swap(live.entry, record)
+            raise
+        except Exception as error:
+            self._live.fail(live, problem_of(error))
+        if self._observer is not None:
+            self._observer.job_recovered()
+        logs.event(_log, "a job was taken over", job=record.id, attempts=taken.attempts)
+
+    def _fail(self, entry: Entry, problem: ProblemError) -> None:
+        """End a job that no runner has."""
+        record = entry.record
+        if self._ledger.swap(entry, record.end("failed", problem=problem.document())) is None:
+            return
+        self._ledger.forget_progress(record.id)
+        if self._observer is not None:
+            self._observer.job_ended("failed", record.accepted.elapsed_s())
+        logs.event(_log, "job", job=record.id, state="failed", kind=problem.kind, attempts=record.attempts)
+        self._bell.ring(record.id)
+
+    def _collect_results(self) -> None:
+        """Forget cached results that are over; note which blobs the others name."""
+        self._shared = set()
+        for key in self._ledger.cached_keys():
+            result = self._ledger.cached(key)
+            if result is None or overdue(result.made, self._options.ttl_s):
+                self._ledger.uncache(key)
+            else:
+                self._shared.add(result.etag)
+
+    def _collect_blobs(self) -> None:
+        """Remove the blobs that nothing named at two sweeps at least grace_s apart, if nobody put them again since."""
+        store, now = self._ledger.store, time.monotonic()
+        named = {seen.record.etag for seen in self._ended.values()} | self._shared
+        known, self._orphans = self._orphans, {}
+        for digest, stamp in store.blobs():
+            if digest in named:
+                continue
+            before = known.get(digest)
+            since = before[1] if before is not None and before[0] == stamp else now
+            if now - since >= self._options.grace_s and before is not None:
+                store.delete_blob(digest, stamp=stamp)
+            else:
+                self._orphans[digest] = (stamp, since)
