@@ -121,7 +121,25 @@ class CloudError(LatentRelayError):
 
 
 class CloudUnavailableError(CloudError):
-    """The cloud could not be reached, timed out, or answered 5xx or 429; the device can run all steps itself."""
+    """The cloud could not be reached, timed out, or answered 5xx or 429; the device can run all steps itself.
+
+    `.kind` is a short code: "unreachable" (no connection), "dropped" (one that was cut), "timeout" (too late), or the
+    kind of the cloud's problem document ("queue-full", "deadline-passed", ...; "busy" without one). `.retry_after_s` is
+    what the cloud asked for, None where it said nothing.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        kind: str = "unreachable",
+        retry_after_s: float | None = None,
+        got: object = None,
+        expected: object = None,
+        do: str | None = None,
+    ) -> None:
+        super().__init__(what, got=got, expected=expected, do=do)
+        self.kind, self.retry_after_s = kind, retry_after_s
 
 
 class CloudRefusedError(CloudError):

@@ -1,7 +1,7 @@
 """A cheap picture of unfinished latents: one linear map from latent channels to RGB, for previews between steps.
 
-In: latents (1, C, h, w) and the manifest's `preview` factors (3, C) and bias (3,), fitted at build time with the shipped
-decoder. Out: (h, w, 3) uint8, one pixel a latent. It is no decoder: edges are blurred and fine colours are off.
+In: latents (1, C, h, w) and the manifest's `preview`, factors (3, C) and bias (3,), fitted at build time with the
+shipped decoder. Out: (h, w, 3) uint8, one pixel a latent. It is no decoder: edges are blurred, fine colours are off.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import shutil
 import threading
 import time
@@ -321,14 +322,21 @@ def kit() -> SimpleNamespace:
 
 
 Answer = tuple[int, dict[str, str], bytes]
+OLD_CLOUD: dict[str, Any] = {"wire_versions": ["1.0"]}
 
 
 class LoopbackServer:
     """A real HTTP server on a loopback port; `answer(method, path, headers, body)` says what it returns.
 
-    `pause_s` sends the body byte by byte with pauses."""
+    `pause_s` sends the body byte by byte with pauses. What is asked about `capabilities` is answered with those and
+    not recorded: by default a cloud's from before there were idempotency keys. None: `answer` does that too."""
 
-    def __init__(self, answer: Callable[[str, str, dict[str, str], bytes], Answer], pause_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        answer: Callable[[str, str, dict[str, str], bytes], Answer],
+        pause_s: float = 0.0,
+        capabilities: dict[str, Any] | None = OLD_CLOUD,
+    ) -> None:
         self.requests: list[tuple[str, str, dict[str, str], bytes]] = []
         requests = self.requests
 
@@ -336,8 +344,12 @@ class LoopbackServer:
             def _serve(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 headers = {key.lower(): value for key, value in self.headers.items()}
-                requests.append((self.command, self.path, headers, body))
-                status, answer_headers, data = answer(self.command, self.path, headers, body)
+                if capabilities is not None and self.path == "/v1/capabilities":
+                    document = json.dumps(capabilities).encode()
+                    status, answer_headers, data = 200, {"Content-Type": "application/json"}, document
+                else:
+                    requests.append((self.command, self.path, headers, body))
+                    status, answer_headers, data = answer(self.command, self.path, headers, body)
                 self.send_response(status)
                 for key, value in {"Content-Length": str(len(data)), **answer_headers}.items():
                     self.send_header(key, value)
@@ -351,7 +363,7 @@ class LoopbackServer:
                         self.wfile.write(piece)
                         time.sleep(pause_s)
 
-            do_GET = do_POST = _serve
+            do_GET = do_POST = do_DELETE = _serve
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -373,8 +385,8 @@ def serve() -> Iterator[Callable[[Callable[..., Answer]], LoopbackServer]]:
     """Start loopback servers that stop with the test."""
     servers: list[LoopbackServer] = []
 
-    def start(answer: Callable[..., Answer], pause_s: float = 0.0) -> LoopbackServer:
-        servers.append(LoopbackServer(answer, pause_s))
+    def start(answer: Callable[..., Answer], pause_s: float = 0.0, **options: Any) -> LoopbackServer:
+        servers.append(LoopbackServer(answer, pause_s, **options))
         return servers[-1]
 
     yield start

@@ -76,12 +76,14 @@ def test_the_request_of_a_bundle_names_what_it_was_built_from(bundle_folder: Any
 
 
 def test_capabilities(serve: Callable[..., Any]) -> None:
-    server = serve(lambda *_: (200, {"Content-Type": "application/json"}, b'{"wire_versions":["1.0"]}'))
+    document = b'{"wire_versions":["1.0"]}'
+    server = serve(lambda *_: (200, {"Content-Type": "application/json"}, document), capabilities=None)
     with CloudClient(server.url) as client:
         assert client.capabilities() == {"wire_versions": ["1.0"]}
     assert server.requests[0][:2] == ("GET", "/v1/capabilities")
     for data in (b"[]", b"{"):
-        broken = serve(lambda *_, data=data: (200, {"Content-Type": "application/json"}, data))
+        answer = (200, {"Content-Type": "application/json"}, data)
+        broken = serve(lambda *_, answer=answer: answer, capabilities=None)
         with CloudClient(broken.url) as client, pytest.raises(CloudProtocolError, match="not a JSON object"):
             client.capabilities()
 

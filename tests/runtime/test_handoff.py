@@ -107,7 +107,7 @@ def test_bad_metadata_is_refused_by_name(kit: SimpleNamespace, changes: dict[str
 
 
 def test_missing_metadata_is_named(kit: SimpleNamespace) -> None:
-    document = kit.make_meta().to_dict()
+    document = kit.make_meta(schema_version="1.0").to_dict()
     for name in set(document) - {"generator", "latent_space", "additional_metadata", "schema_version"}:
         with pytest.raises(ValueError, match=f"{name} is missing"):
             HandoffMeta.from_dict({key: value for key, value in document.items() if key != name})

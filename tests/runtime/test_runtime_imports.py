@@ -58,7 +58,7 @@ def test_a_picture_without_torch(bundle_folder: Path, tmp_path: Path) -> None:
 
 def test_the_runtime_imports_nothing_else_of_ours() -> None:
     allowed = {"latentrelay.runtime", "numpy", "onnxruntime", "tokenizers", "safetensors", "httpx", "PIL"}
-    allowed |= {"openvino", "coremltools", "cryptography"}
+    allowed |= {"openvino", "coremltools", "cryptography", "tenacity"}
     for path in RUNTIME.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
