@@ -16,10 +16,13 @@ class SelftestFailedError(LatentRelayError):
     exit_status = REFUSED
 
 
-def run(path: Path, *, selftest: bool, as_json: bool, backend: str | None = None) -> None:
-    """Raises BundleError or SelftestFailedError (both exit status 3). `backend` stands for the bundle's own."""
-    bundle = Bundle.open(path)
+def run(path: Path, *, selftest: bool, as_json: bool, backend: str | None = None, key: Path | None = None) -> None:
+    """Raises BundleError or SelftestFailedError (both exit status 3). `backend` stands for the bundle's own; with
+    `key`, a PEM file of a public key, the bundle must be signed with it."""
+    bundle = Bundle.open(path, public_key=key)
     document: dict[str, Any] = {"ok": True, "digest": bundle.digest, "files": len(bundle.files)}
+    if bundle.signed_by is not None:
+        document["signed_by"] = bundle.signed_by
     rows = [[entry.path, f"{entry.bytes:,}", entry.sha256[:16]] for entry in bundle.files]
     if selftest:
         with Session(bundle, backend=backend) as session:
@@ -41,6 +44,8 @@ def run(path: Path, *, selftest: bool, as_json: bool, backend: str | None = None
     def show(console: Any) -> None:
         console.print(table(["file", "bytes", "sha256"], rows))
         console.print(f"[green]intact[/]: {len(rows)} files, {bundle.digest}")
+        if bundle.signed_by is not None:
+            console.print(f"[green]signed[/] by key {bundle.signed_by[:16]}")
         for name, value in document.get("selftest_db", {}).items():
             ran = ", ".join(document["providers_by_component"].get(name, ()))
             console.print(f"self-test {name}: {value:.1f} dB ({ran})")
