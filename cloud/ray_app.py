@@ -34,8 +34,8 @@ _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least; requests and answers are small 
 _REQUESTS = 1000  # at once in one replica: event streams last as long as their jobs
 _SCALE_S = 2.0
 _STOP_S = 20.0
-# Read by Ray when it is imported. No usage report, no metrics, no cluster beyond this machine: with "clusters" off, every
-# port but one is bound to loopback, and a token that only these processes know guards all of them.
+# Read by Ray when it is imported. No usage report and no cluster beyond this machine: with "clusters" off, every
+# port but one is bound to loopback, and a token that only these processes know guards them all.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

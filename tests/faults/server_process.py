@@ -1,0 +1,163 @@
+"""The service as its users start it: a process of the `latentrelay` command, with a store, on a port it keeps.
+
+`kill()` is SIGKILL: nothing is said, nothing is tidied up. `start()` again is the restart, on the same port and store.
+The process reads its clock from a file's offset (see `clock.py`), and its log goes to a file that must hold no prompt.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+CLOCK = '''"""Shifts this process's time of day by the seconds in the file $LATENTRELAY_TEST_CLOCK, read each time."""
+
+import os
+import time
+
+_time, _path = time.time, os.environ["LATENTRELAY_TEST_CLOCK"]
+
+
+def _offset():
+    try:
+        with open(_path) as file:
+            return float(file.read() or 0)
+    except (OSError, ValueError):
+        return 0.0
+
+
+time.time = lambda: _time() + _offset()
+time.time_ns = lambda: int((_time() + _offset()) * 1e9)
+'''
+
+
+class ServerProcess:
+    """`latentrelay serve` on `model`; `folder` gets the port file, the log, the clock and, by default, the store."""
+
+    def __init__(
+        self, model: Path, folder: Path, *, store: Path | None = None, arguments: tuple[str, ...] = ()
+    ) -> None:
+        self.model, self.folder, self.arguments = model, folder, arguments
+        folder.mkdir(parents=True, exist_ok=True)
+        self.store = store or folder / "store"
+        self.log = folder / "log.txt"
+        self.port = 0
+        self._port_file = folder / "port"
+        self._clock = folder / "clock"
+        (folder / "path").mkdir(exist_ok=True)
+        (folder / "path" / "sitecustomize.py").write_text(CLOCK)
+        self.set_clock(0)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it answers, also after a restart."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def command(self) -> list[str]:
+        """What is run."""
+        serve = [sys.executable, "-m", "latentrelay.tools.cli", "serve", "--model", str(self.model)]
+        return [
+            *serve, "--store", str(self.store), "--port", str(self.port), "--port-file", str(self._port_file),
+            *self.arguments,
+        ]  # fmt: skip
+
+    def start(self, *, wait_s: float = 120.0) -> ServerProcess:
+        """Start it and wait until it answers that it is ready."""
+        self._port_file.unlink(missing_ok=True)
+        environment = os.environ | {
+            "PYTHONPATH": str(self.folder / "path"),
+            "LATENTRELAY_TEST_CLOCK": str(self._clock),
+            "HF_HUB_OFFLINE": "1",
+        }
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command(), stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        deadline = time.monotonic() + wait_s
+        while not self._answers():
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log.read_text()[-3000:]}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the server was not ready in {wait_s:g} s:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.05)
+        return self
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(30)
+
+    def terminate(self, *, wait_s: float = 60.0) -> int:
+        """SIGTERM, and wait; the exit status."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(wait_s)
+
+    def set_clock(self, offset_s: float) -> None:
+        """Put the server's time of day off by so much, from now on."""
+        part = self._clock.with_suffix(".part")
+        part.write_text(str(offset_s))
+        part.replace(self._clock)
+
+    def __enter__(self) -> ServerProcess:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+
+    def _answers(self) -> bool:
+        if not self._port_file.exists():
+            return False
+        self.port = int(self._port_file.read_text())
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=10).status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+def post(url: str, fields: dict[str, Any], *, key: str, prefer: str = "respond-async") -> httpx.Response:
+    """One POST with a key, as the wire description has it."""
+    headers = {"Prefer": prefer, "Idempotency-Key": key}
+    return httpx.post(f"{url}/v1/handoffs", json=fields, headers=headers, timeout=60)
+
+
+def status(url: str, job: str) -> dict[str, Any]:
+    """The status document of a job, whatever its state."""
+    answer = httpx.get(f"{url}/v1/handoffs/{job}", headers={"Accept": "application/json"}, timeout=60)
+    answer.raise_for_status()
+    document: dict[str, Any] = answer.json()
+    return document
+
+
+def wait_for(url: str, job: str, *, ready: Any, seconds: float = 90.0) -> dict[str, Any]:
+    """Poll the status until `ready(document)`."""
+    deadline = time.monotonic() + seconds
+    while not ready(document := status(url, job)):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"job {job} came no further than {document}")
+        time.sleep(0.02)
+    return document
+
+
+def blob(url: str, job: str, *, seconds: float = 90.0) -> bytes:
+    """The result, waited for."""
+    deadline = time.monotonic() + seconds
+    headers = {"Accept": "application/vnd.latentrelay.handoff", "Prefer": "wait=10"}
+    while True:
+        answer = httpx.get(f"{url}/v1/handoffs/{job}", headers=headers, timeout=60)
+        if answer.status_code == 200:
+            return answer.content
+        if answer.status_code != 202 or time.monotonic() > deadline:
+            raise AssertionError(f"{answer.status_code} {answer.text[:500]}")
