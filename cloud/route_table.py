@@ -52,7 +52,7 @@ EVERYWHERE: dict[int, tuple[str, ...]] = {
 _CALLER = {401: ("unauthorised",)}
 _JOB = {404: ("unknown-handoff",), 503: ("store-unavailable", "starting")}
 _ENDED = {
-    410: ("cancelled", "expired", "deleted"),
+    410: ("cancelled", "expired", "deleted", "result-lost"),
     500: ("run-failed",),
     503: ("draining", "store-unavailable", "starting"),
     504: ("deadline-passed",),

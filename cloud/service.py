@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,17 @@ from latentrelay.cloud.requests import parse_request
 from latentrelay.cloud.service_options import ServiceOptions
 from latentrelay.cloud.store import Store
 from latentrelay.cloud.tokens import Tokens
+
+FEATURES = (
+    "accept_splits",
+    "deadline",
+    "deterministic",
+    "events",
+    "idempotency",
+    "preview",
+    "range",
+    "step_cache",
+)
 
 
 class Service:
@@ -76,7 +88,7 @@ class Service:
                 deadline_s=self.engine.limits.deadline_s,
             ),
             observer=self.metrics,
-            model=self.engine.digest,
+            model=_identity(self.engine),
             parse=lambda body: parse_request(body, self.engine.limits),
         )
         self.batcher.start()
@@ -87,6 +99,8 @@ class Service:
         if self._drain_until is None:
             self._drain_until = time.monotonic() + grace_s
             self.batcher.drain()
+            if self._board is not None and self.keeps_jobs:  # what waits here another replica can begin now
+                threading.Thread(target=self._board.drain, name="latentrelay-drain", daemon=True).start()
             if self._loop is not None and not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._told.set)
 
@@ -147,8 +161,10 @@ class Service:
         document = self.engine.capabilities()
         return document | {
             "queue": {"waiting": load.waiting, "running": load.running, "limit": load.limit},
+            "max_batch": self.batcher.max_batch,
             "step_ms": load.step_ms,
             "estimate_ms": load.estimate_ms,
+            "features": list(FEATURES),
             "ttl_s": self.options.ttl_s,
             "max_wait_s": self.options.max_wait_s,
         }
@@ -157,3 +173,9 @@ class Service:
 def not_ready(kind: str, detail: str, seconds: int = 1) -> ProblemError:
     """The 503 that says so, with Retry-After."""
     return ProblemError(503, kind, detail, headers={"Retry-After": str(seconds)})
+
+
+def _identity(engine: Engine) -> str:
+    """What decides the bytes of a result besides the request."""
+    unet = engine.unet
+    return f"{engine.digest} {engine.default_sampler} {unet.dtype} {unet.device.type}"

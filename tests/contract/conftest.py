@@ -65,7 +65,7 @@ class Api:
 
     def long_body(self, **changes: Any) -> dict[str, Any]:
         """A request that takes many seconds; the test cancels it."""
-        side = 8 * self.facts["default_height"]
+        side = 4 * self.facts["default_height"]
         return self.body(height=side, width=side, num_steps=LONG_STEPS, split=LONG_STEPS, **changes)
 
     def post(self, body: dict[str, Any] | None = None, *, http: httpx.Client | None = None, **headers: str) -> Any:
@@ -165,7 +165,9 @@ def plain(tiny: Any, folder: Path, *, ttl_s: float) -> Iterator[str]:
     from latentrelay.cloud.tokens import Tokens
 
     (folder / "tokens.toml").write_text(TOKENS_TOML, encoding="utf-8")
-    engine = Engine(tiny.make_pipeline(folder / "pipeline"), name="tiny", limits=Limits(max_steps=LONG_STEPS))
+    engine = Engine(
+        tiny.make_pipeline(folder / "pipeline"), name="tiny", limits=Limits(max_steps=LONG_STEPS, deadline_s=3600)
+    )
     app = create_app(
         engine,
         tokens=Tokens.from_file(folder / "tokens.toml"),

@@ -52,7 +52,7 @@ def test_a_client_that_does_not_wait_gets_a_job(service: Api, prefer: str | None
 def test_a_wait_that_is_too_short_ends_in_a_job(service: Api) -> None:
     response = service.post(service.long_body(), Prefer="wait=0.05")
     try:
-        assert response.status_code == 202
+        assert response.status_code == 202, response.text
         assert response.headers["preference-applied"] == "wait=0.05"
         assert service.checked(response)["state"] in ("queued", "running")
     finally:
