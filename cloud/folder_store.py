@@ -77,21 +77,40 @@ class FolderStore:
                 yield name, stamp
 
     def create(self, kind: str, key: str, data: bytes) -> bool:
-        """See Store."""
+        """See Store. Named first and synced then: one wait for the disk makes both the bytes and the name durable."""
         path = self._path(kind, key)
-        if _stamp(path) is not None:
+        if _stamp(path) is not None and self._bytes(path) is not None:
             return False
 
         def write() -> bool:
-            with self._written(data) as part:
-                try:
-                    os.link(part, path)
-                except FileExistsError:
+            handle, part = self._open_part()
+            try:
+                _write_all(handle, data)
+                if not self._linked(part, path):
                     return False
-                _sync_folder(path.parent)
+                try:
+                    os.fsync(handle)
+                except OSError:  # refused, so it may not stay either
+                    path.unlink(missing_ok=True)
+                    raise
+            finally:
+                os.close(handle)
+                part.unlink(missing_ok=True)
             return True
 
         return self._made(write)
+
+    def _linked(self, part: Path, path: Path) -> bool:
+        """Give a part its name, if that is free; the empty file that a power failure can leave there counts as free."""
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            with self._locked(path.name):
+                status = os.stat(path, follow_symlinks=False)
+                if status.st_size:
+                    return False
+                os.rename(part, path)
+        return True
 
     def read(self, kind: str, key: str) -> bytes | None:
         """See Store."""
@@ -225,7 +244,7 @@ class FolderStore:
             except FileNotFoundError:
                 return None
             with open(handle, "rb", buffering=0) as file:
-                return file.readall()
+                return file.readall() or None
 
     def _make_folders(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -253,9 +272,7 @@ class FolderStore:
         handle, path = self._open_part()
         try:
             try:
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(handle, view) :]
+                _write_all(handle, data)
                 if durable:
                     os.fsync(handle)
             finally:
@@ -335,13 +352,10 @@ def _translated() -> Iterator[None]:
         raise StoreUnavailableError(errno.errorcode.get(error.errno or 0, "an unknown error")) from error
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a new name in it survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write_all(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
 
 
 def _stamp(path: Path) -> Stamp | None:

@@ -155,7 +155,7 @@ class JobBoard:
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout_s
         while True:
-            bell = self._bell.listen(id)
+            bell = self._bell.listen(id, for_end=seen is None)
             try:
                 status = await self._looked(id, owner)
                 left = until - loop.time()

@@ -1,8 +1,8 @@
 """The jobs that this replica runs: submitted, watched step by step, recorded when they end.
 
-One thread writes to the store, so that the thread that makes the steps never waits for a disk. An end that cannot be
-written now (a full disk) is kept in memory, served from there, and written later; until then the store still says that
-the job runs, so that it is run again should this process die.
+A few threads write to the store, so that the thread that makes the steps never waits for a disk. A result is served
+from memory as soon as it is there and until it is written; until then the store says that the job runs, so that it is
+run again should this process die. What cannot be written now (a full disk) is tried again.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from latentrelay.cloud.store import StoreFullError, StoreUnavailableError
 from latentrelay.runtime.handoff import Handoff
 
 _log = logging.getLogger("latentrelay.cloud")
+_WRITERS = 4  # waits for the disk that overlap are one wait for its journal
 _UNWRITABLE = (StoreFullError, StoreUnavailableError)
 
 
@@ -80,12 +81,16 @@ class LiveJobs:
         self._lock = threading.Lock()
         self._jobs: dict[str, LiveJob] = {}
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._written, name="latentrelay-job-writer", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._written, name=f"latentrelay-job-writer-{each}", daemon=True)
+            for each in range(_WRITERS)
+        ]
         self._leaving = False
 
     def start(self) -> None:
-        """Start the thread that writes."""
-        self._thread.start()
+        """Start the threads that write."""
+        for thread in self._threads:
+            thread.start()
 
     def get(self, id: str) -> LiveJob | None:
         """The job, where it is this replica's and not yet ended in the store."""
@@ -122,7 +127,7 @@ class LiveJobs:
         ticket.future.add_done_callback(lambda future: self._work.put(partial(self._finish, live, future)))
         if live.ended is not None:  # cancelled between the record and the ticket
             ticket.cancel()
-        self._bell.ring(record.id)
+        self._bell.ring(record.id, step=True)
 
     def cancel(self, live: LiveJob) -> None:
         """End a job as cancelled, or forget the result of one whose end could not be written yet."""
@@ -207,11 +212,13 @@ class LiveJobs:
                 live.ticket.cancel()
 
     def close(self) -> None:
-        """Write what has ended until now, and end the thread."""
+        """Write what has ended until now, and end the threads."""
         self._leaving = True
-        self._work.put(None)
-        if self._thread.is_alive():
-            self._thread.join()
+        for _ in self._threads:
+            self._work.put(None)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
         self.write_pending()
 
     def _written(self) -> None:
@@ -234,7 +241,7 @@ class LiveJobs:
         if now - live.noted_s >= self._options.progress_s:
             live.noted_s = now
             self._work.put(partial(self._note, live))
-        self._bell.ring(live.entry.record.id)
+        self._bell.ring(live.entry.record.id, step=True)
 
     def _note(self, live: LiveJob) -> None:
         if live.ended is None and self._jobs.get(live.entry.record.id) is live:
@@ -257,7 +264,7 @@ class LiveJobs:
             live.ticket = None  # the runner gave it up on its own: `resubmit`
         for other in self.all():
             if other.step == 0:
-                self._bell.ring(other.entry.record.id)  # its place in the queue has changed
+                self._bell.ring(other.entry.record.id, step=True)  # its place in the queue has changed
 
     def _done(self, live: LiveJob, handoff: Handoff, blob: bytes) -> None:
         etag = digest_of(blob)
@@ -272,6 +279,7 @@ class LiveJobs:
                 next_step=handoff.meta.next_step,
                 cloud_ms=round(1000 * live.entry.record.accepted.elapsed_s(), 1),
             )
+        self._bell.ring(live.entry.record.id)
         self.write(live)
 
     def _record_end(self, live: LiveJob, record: JobRecord) -> bool:

@@ -7,6 +7,7 @@ dataclasses of them. Problems are raised as ValueError naming the place, for the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -46,7 +47,7 @@ def parse_record(cls: type[T], document: object, where: str = "", ignore: frozen
     unknown = sorted(set(document) - set(fields) - ignore)
     if unknown:
         raise ValueError(f"unknown key {prefix}{unknown[0]}; allowed: {', '.join(sorted(fields))}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     values = {}
     for name, field in fields.items():
         if name in document:
@@ -66,6 +67,12 @@ def record_to_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [record_to_json(item) for item in value]
     return value
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """The annotated types; reading them compiles them, which costs more than the rest of a small record."""
+    return typing.get_type_hints(cls)
 
 
 def _parse(hint: Any, value: object, where: str) -> Any:
