@@ -12,26 +12,14 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from latentrelay.cloud.errors import ProblemError
+from latentrelay.cloud.store import Store
 from latentrelay.cloud.tokens import Caller
 
 _DAY_S = 86400
 _KIND = "quota"
 _TRIES = 20
-
-
-class CounterStore(Protocol):
-    """What the steps' counter needs of the job store."""
-
-    def create(self, kind: str, key: str, value: bytes) -> bool: ...
-
-    def read(self, kind: str, key: str) -> bytes | None: ...
-
-    def replace(self, kind: str, key: str, value: bytes, *, expected: bytes) -> bool: ...
-
-    def delete(self, kind: str, key: str) -> object: ...
 
 
 class Usage:
@@ -42,7 +30,7 @@ class Usage:
 
     def __init__(
         self,
-        store: CounterStore | None = None,
+        store: Store | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -106,10 +94,9 @@ class Usage:
         return _add_stored(self._store, name, day, steps, most)
 
 
-def _add_stored(store: CounterStore, name: str, day: int, steps: int, most: int | None) -> bool:
+def _add_stored(store: Store, name: str, day: int, steps: int, most: int | None) -> bool:
     """The same by compare and swap, so that replicas never count a step less than was asked for."""
-    who = hashlib.sha256(name.encode()).hexdigest()[:32]
-    key = f"{who}-{day}"
+    key = _key(name, day)
     for _ in range(_TRIES):
         held = store.read(_KIND, key)
         used = int(held) if held else 0
@@ -117,11 +104,15 @@ def _add_stored(store: CounterStore, name: str, day: int, steps: int, most: int 
             return False
         value = str(max(0, used + steps)).encode()
         if held is None and store.create(_KIND, key, value):
-            store.delete(_KIND, f"{who}-{day - 2}")
+            store.delete(_KIND, _key(name, day - 2))
             return True
         if held is not None and store.replace(_KIND, key, value, expected=held):
             return True
     raise ProblemError(503, "store-busy", "The quota's counter is contended; ask again.", headers={"Retry-After": "1"})
+
+
+def _key(name: str, day: int) -> str:
+    return hashlib.sha256(f"{name} {day}".encode()).hexdigest()[:32]
 
 
 def _refused(kind: str, detail: str, most: int, wait_s: float) -> ProblemError:

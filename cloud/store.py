@@ -12,7 +12,7 @@ from typing import Protocol
 
 from latentrelay.cloud.errors import RefusedError
 
-KINDS = ("job", "progress", "cancel", "result")
+KINDS = ("job", "progress", "cancel", "result", "quota")
 Stamp = tuple[int, int, int]
 
 
