@@ -7,8 +7,11 @@ transformers or onnx.
     generate("bundle", "a red circle", seed=7, cloud="http://127.0.0.1:8000", split=10).save_png("out.png")
 """
 
+from typing import TYPE_CHECKING, Any
+
 from latentrelay.runtime.bundle import Bundle
 from latentrelay.runtime.cloud_client import CloudClient
+from latentrelay.runtime.degrade import Degradation, DeviceState
 from latentrelay.runtime.errors import LatentRelayError
 from latentrelay.runtime.generate import Result, generate
 from latentrelay.runtime.handoff import MEDIA_TYPE, Handoff, HandoffMeta
@@ -19,10 +22,16 @@ from latentrelay.runtime.selftest import SelftestReport
 from latentrelay.runtime.session import Session
 from latentrelay.runtime.step_loop import StepEvent
 
+if TYPE_CHECKING:
+    from latentrelay.runtime.async_cloud_client import AsyncCloudClient
+
 __all__ = [
     "MEDIA_TYPE",
+    "AsyncCloudClient",
     "Bundle",
     "CloudClient",
+    "Degradation",
+    "DeviceState",
     "Handoff",
     "HandoffMeta",
     "HandoffRequest",
@@ -35,3 +44,12 @@ __all__ = [
     "generate",
     "initial_noise",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`AsyncCloudClient` is imported when it is asked for: asyncio takes as long as everything else here together."""
+    if name != "AsyncCloudClient":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from latentrelay.runtime.async_cloud_client import AsyncCloudClient
+
+    return AsyncCloudClient

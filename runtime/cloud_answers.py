@@ -77,7 +77,7 @@ def read_progress(document: Mapping[str, Any]) -> Progress:
         numbers.append(value)
     if position is not None and (type(position) is not int or position < 0):
         raise CloudProtocolError("the job's queue_position is no count", got=position, expected="0 or more, or null")
-    return Progress(state, *numbers, queue_position=position)
+    return Progress(state, numbers[0], numbers[1], numbers[2], position)
 
 
 def job_id(answer: Answer) -> str | None:

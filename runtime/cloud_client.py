@@ -14,11 +14,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from latentrelay.runtime.cloud_answers import Answer
-from latentrelay.runtime.cloud_capabilities import CapabilitiesCache
+from latentrelay.runtime.cloud_capabilities import Capabilities, CapabilitiesCache
 from latentrelay.runtime.cloud_exchange import Pause, Step, check_address, check_deadline
 from latentrelay.runtime.cloud_line import Line, Watch
 from latentrelay.runtime.cloud_protocol import Conversation, OnPreview, OnProgress
 from latentrelay.runtime.cloud_retries import DEFAULT_RETRIES, RetryPolicy
+from latentrelay.runtime.degrade import FailureMemory
 from latentrelay.runtime.errors import CloudError, CloudUnavailableError, MissingExtraError, RunCancelledError
 from latentrelay.runtime.handoff import DEFAULT_LIMITS, Handoff, HandoffLimits
 from latentrelay.runtime.handoff_request import HandoffRequest
@@ -34,7 +35,8 @@ class CloudClient:
     """A client of one cloud; threads may share it. `timeout_s` bounds a whole handoff unless it is given a deadline.
 
     A bearer token is sent over https, or to a loopback address, only; `insecure=True` lifts that. Capabilities are read
-    at most every `capabilities_ttl_s` seconds. `transport` is an httpx transport, for tests.
+    at most every `capabilities_ttl_s` seconds. `memory` is what `generate` remembers of this cloud's failures.
+    `transport` is an httpx transport, for tests.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class CloudClient:
         self._transport, self._limits, self._retries = transport, limits, retries
         self._cache = CapabilitiesCache(capabilities_ttl_s)
         self._idle: list[Line] = []
+        self.memory = FailureMemory()
         self.attempts = 0
 
     def __enter__(self) -> CloudClient:
@@ -73,9 +76,17 @@ class CloudClient:
 
     def capabilities(self, *, deadline_s: float | None = None) -> dict[str, Any]:
         """What the cloud serves, read now: wire versions, model, samplers, limits, load. Raises CloudError."""
-        self._cache.forget()
+        return dict(self.served(deadline_s=deadline_s, anew=True).document)
+
+    def served(self, *, deadline_s: float | None = None, anew: bool = False) -> Capabilities:
+        """The same, checked and as a handoff uses it; from the cache where it is fresh and not wanted `anew`."""
+        if anew:
+            self._cache.forget()
         talk = self._conversation(HandoffRequest("", 0, 0, 0, 0), deadline_s)
-        return dict(self._drive(talk, talk.capabilities(), None).document)
+        try:
+            return self._drive(talk, talk.capabilities(), None)
+        finally:
+            self.attempts = talk.attempts
 
     def handoff(
         self,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import secrets
 import time
-import uuid
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,7 +62,7 @@ class Conversation:
     on_progress: OnProgress | None = None
     on_preview: OnPreview | None = None
     cancellable: bool = False
-    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    key: str = field(default_factory=lambda: secrets.token_hex(16))
     traceparent: str = field(default_factory=lambda: f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01")
     attempts: int = 1
     job: str | None = None

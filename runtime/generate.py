@@ -1,8 +1,9 @@
 """Prompt in, picture out: the first steps from a cloud or a handoff where there is one, the rest here.
 
-One call makes one picture. For several pictures of a prompt, open one `Session` and call `generate` once for each seed:
-the graphs stay loaded. If the cloud cannot be reached the device runs all steps and the result says so; if it refuses,
-the refusal is raised.
+One call makes one picture. For several pictures of a prompt, open one `Session` and one `CloudClient` and call
+`generate` once for each seed: the graphs stay loaded, and a cloud that failed just now is not waited for again. If the
+cloud cannot be reached the device runs all steps, and more of them predicted where it is hot; the result says so
+(degrade.py). If the cloud refuses, the refusal is raised.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from latentrelay.runtime.bundle import Bundle
 from latentrelay.runtime.cloud_client import CloudClient
-from latentrelay.runtime.errors import CloudUnavailableError, RequestError, RunCancelledError
+from latentrelay.runtime.cloud_protocol import OnPreview, OnProgress
+from latentrelay.runtime.degrade import Degradation, DevicePart, DeviceState, device_part
+from latentrelay.runtime.errors import RequestError, RunCancelledError
 from latentrelay.runtime.handoff import Handoff
-from latentrelay.runtime.handoff_request import HandoffRequest
-from latentrelay.runtime.manifest import Manifest
 from latentrelay.runtime.picture import save_png, to_image
 from latentrelay.runtime.prediction_check import FULL, PREDICTED, STEP_FULL
+from latentrelay.runtime.preview import Preview, project
 from latentrelay.runtime.session import Session, check_guidance
+from latentrelay.runtime.start import Start, Wish, begin
 from latentrelay.runtime.step_loop import RECOMPUTED, StepEvent
 from numpy.typing import NDArray
 
@@ -42,7 +45,8 @@ class Result:
     pixels (H, W, 3) float32 in 0..1; latents (1, C, h, w) float32; `path_taken` "cloud" (all steps there), "hybrid",
     "device" or "device-fallback"; `steps` {"cloud", "device"}; `kinds` how many of the device's steps were "full",
     "predicted" and "recomputed"; `ms` per stage, 0 where a stage did not run; `providers` really used; `digest` of the
-    bundle; `fallback_reason` where there was one.
+    bundle; `fallback_reason` where there was one; `degraded` what was given up and why, in the order in which it
+    happened; `attempts` how often the cloud was asked, 0 where it was not.
     """
 
     pixels: NDArray[np.float32]
@@ -57,6 +61,8 @@ class Result:
     guidance: float
     fallback_reason: str | None = None
     kinds: Mapping[str, int] = field(default_factory=dict)
+    degraded: tuple[Degradation, ...] = ()
+    attempts: int = 0
 
     @property
     def computed_steps(self) -> int:
@@ -109,16 +115,25 @@ def generate(
     wire_dtype: str = "float16",
     predict: bool = True,
     fallback_threshold: float | None = None,
+    cloud_deadline_s: float | None = None,
+    device_state: Callable[[], DeviceState] | None = None,
+    on_progress: OnProgress | None = None,
+    on_preview: OnPreview | None = None,
 ) -> Result:
     """Make one picture.
 
     `source` is a session (stays open), a bundle, or a bundle's folder (verified first). `guidance` None is the bundle's
     default. `split` is the first step that the device runs: None is 0 without a cloud, and with one half the run or the
-    nearest split from which the bundle predicts steps; 0
-    never asks the cloud. A ready `handoff` stands for the cloud; its seed, guidance and split hold. `cancel` is asked
-    before every stage and step. `predict` and `fallback_threshold` are `Session.run_steps`'s: whether the bundle's
-    predicted steps are predicted, and when one is computed after all. Raises RequestError, BundleError, HandoffError,
-    SessionError, CloudError (a cloud out of reach only with `fallback=False`), RunCancelledError.
+    nearest split from which the bundle predicts steps; 0 never asks the cloud. A ready `handoff` stands for the cloud;
+    its seed, guidance and split hold. `cancel` is asked before every stage and step, and from another thread while the
+    cloud runs. `predict` and `fallback_threshold` are `Session.run_steps`'s: whether the bundle's predicted steps are
+    predicted, and when one is computed after all.
+
+    `cloud_deadline_s` bounds everything asked of the cloud (None: the client's own time-out); to keep it, a slow cloud
+    may hand over at a smaller split. `device_state()` is read when the device's part begins. `on_progress` gets the
+    cloud's progress; `on_preview` small pictures after steps, the cloud's where it makes them, the device's where the
+    bundle can. Raises RequestError, BundleError, HandoffError, SessionError, CloudError (a cloud out of reach only with
+    `fallback=False`), RunCancelledError.
     """
     clock = _Clock()
     with clock.stage("total"):
@@ -132,16 +147,27 @@ def generate(
             clock,
             prompt,
             negative_prompt,
-            seed,
-            guidance,
-            wire_dtype,
             cancel or (lambda: False),
             predict,
             fallback_threshold,
+            device_state,
+            on_preview,
+        )
+        wish = Wish(
+            prompt,
+            negative_prompt,
+            seed,
+            guidance,
+            wire_dtype,
+            fallback,
+            cloud_deadline_s,
+            cancel,
+            on_progress,
+            on_preview,
         )
         try:
-            start = run.begin(split, cloud, handoff, fallback)
-            latents, kinds = run.denoise(start, on_step, keep=session is source)
+            start = run.begin(wish, split, cloud, handoff)
+            latents, kinds, hot = run.denoise(start, on_step, keep=session is source)
             pixels = run.decode(latents)
         finally:
             if session is not source:
@@ -159,28 +185,9 @@ def generate(
         guidance=start.guidance,
         fallback_reason=start.fallback_reason,
         kinds=kinds,
+        degraded=(*start.degraded, *hot),
+        attempts=start.attempts,
     )
-
-
-def _default_split(manifest: Manifest) -> int:
-    """Half the run; of a bundle that predicts steps from some splits on, the one of them that is nearest to it."""
-    half = manifest.schedule.num_steps // 2
-    masks = manifest.prediction.masks if manifest.prediction is not None else ()
-    return min((mask.split for mask in masks if mask.split > 0), key=lambda split: abs(split - half), default=half)
-
-
-@dataclass(frozen=True, eq=False)
-class _Start:
-    """Where the device begins: its first step, the arrays there, and how they came."""
-
-    latents: NDArray[Any]
-    x0_prev: NDArray[Any] | None
-    step: int
-    seed: int
-    guidance: float
-    path_taken: str
-    handoff_bytes: int = 0
-    fallback_reason: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,51 +198,36 @@ class _Run:
     clock: _Clock
     prompt: str
     negative_prompt: str
-    seed: int
-    guidance: float | None
-    wire_dtype: str
     cancel: Callable[[], bool]
     predict: bool
     fallback_threshold: float | None
+    device_state: Callable[[], DeviceState] | None
+    on_preview: OnPreview | None
 
-    def begin(
-        self, split: int | None, cloud: CloudClient | str | None, handoff: Handoff | None, fallback: bool
-    ) -> _Start:
-        """Ask the cloud, take the handoff, or start from noise."""
-        steps = self.session.manifest.schedule.num_steps
-        if self.guidance is not None and not 1.0 <= self.guidance < math.inf:
+    def begin(self, wish: Wish, split: int | None, cloud: CloudClient | str | None, handoff: Handoff | None) -> Start:
+        """Where the device's part begins; time spent on a cloud is the stage "handoff"."""
+        if wish.guidance is not None and not 1.0 <= wish.guidance < math.inf:
             raise RequestError(
-                "guidance is out of range", got=self.guidance, expected="a finite number >= 1", do="1 is no guidance."
+                "guidance is out of range", got=wish.guidance, expected="a finite number >= 1", do="1 is no guidance."
             )
-        if self.guidance is not None:
-            check_guidance(self.session.manifest, self.guidance)
-        if handoff is not None:
-            if cloud is not None:
-                raise RequestError("both a cloud and a handoff were given", do="Give one of them.")
-            return self._from_handoff(handoff, guidance=self.guidance, split=split)
-        first = split if split is not None else (_default_split(self.session.manifest) if cloud is not None else 0)
-        if not 0 <= first <= steps:
-            raise RequestError("split is out of range", got=first, expected=f"0 .. {steps}")
-        if first == 0:
-            return self._from_noise("device")
-        if cloud is None:
-            raise RequestError(f"split {first} needs a cloud or a handoff", do="Give one, or split 0.")
+        if wish.guidance is not None:
+            check_guidance(self.session.manifest, wish.guidance)
         self._stop_if_cancelled()
-        try:
-            return self._from_cloud(cloud, first)
-        except CloudUnavailableError as error:
-            if not fallback:
-                raise
-            return self._from_noise("device-fallback", reason=str(error))
+        started = time.perf_counter()
+        start = begin(self.session, wish, split, cloud, handoff)
+        if cloud is not None and (start.attempts or start.fallback_reason):
+            self.clock.ms["handoff"] += (time.perf_counter() - started) * 1e3
+        return start
 
     def denoise(
-        self, start: _Start, on_step: Callable[[StepEvent], None] | None, *, keep: bool
-    ) -> tuple[NDArray[np.float32], dict[str, int]]:
-        """Run the device's steps; the final latents, and how many steps of each kind they took. Graphs no longer needed
-        are freed unless `keep`."""
+        self, start: Start, on_step: Callable[[StepEvent], None] | None, *, keep: bool
+    ) -> tuple[NDArray[np.float32], dict[str, int], tuple[Degradation, ...]]:
+        """Run the device's steps; the final latents, how many steps of each kind they took, and what the device's state
+        had it give up. Graphs no longer needed are freed unless `keep`."""
         latents, kinds = np.asarray(start.latents, np.float32), dict.fromkeys((FULL, PREDICTED, RECOMPUTED), 0)
         if start.step == self.session.manifest.schedule.num_steps:
-            return latents, kinds
+            return latents, kinds, ()
+        part = self._part(start.step)
         self._open("text_encoder")
         with self.clock.stage("text_encoder"):
             prompt_embeds = self.session.encode(self.prompt, self.negative_prompt)
@@ -248,10 +240,11 @@ class _Run:
             prompt_embeds,
             start.guidance,
             start.seed,
-            predict=self.predict,
+            predict=part.predict,
             fallback_threshold=self.fallback_threshold,
+            level=part.level,
         )
-        for graph in self.session.step_graphs(start.step, self.predict):
+        for graph in self.session.step_graphs(start.step, part.predict, level=part.level):
             self._open(graph)
         with closing(steps):  # a cancelled run gives back what it holds now, not when its error is forgotten
             for event in steps:
@@ -262,10 +255,11 @@ class _Run:
                     self.clock.ms["first_step"] = event.ms
                 if on_step is not None:
                     on_step(event)
+                self._show(event)
                 self._stop_if_cancelled()
         if not keep:
             self.session.release(STEP_FULL)
-        return latents, kinds
+        return latents, kinds, part.degraded
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """Latents to pixels."""
@@ -273,46 +267,25 @@ class _Run:
         with self.clock.stage("decode"):
             return self.session.decode(latents)
 
-    def _from_noise(self, path_taken: str, reason: str | None = None) -> _Start:
-        guidance = self.session.manifest.guidance.default if self.guidance is None else self.guidance
-        latents = self.session.initial_latents(self.seed)
-        return _Start(latents, None, 0, self.seed, guidance, path_taken, fallback_reason=reason)
-
-    def _from_cloud(self, cloud: CloudClient | str, split: int) -> _Start:
-        request = HandoffRequest.for_bundle(
+    def _part(self, first_step: int) -> DevicePart:
+        """How the device's steps run, by its state now."""
+        if self.device_state is None:
+            return DevicePart(self.predict)
+        return device_part(
             self.session.manifest,
-            self.prompt,
-            split=split,
-            negative_prompt=self.negative_prompt,
-            seed=self.seed,
-            guidance=self.guidance,
-            dtype=self.wire_dtype,
+            self.device_state(),
+            lambda predict, level: self.session.mask(first_step, predict, level=level),
+            predict=self.predict,
         )
-        client = CloudClient(cloud) if isinstance(cloud, str) else cloud
-        try:
-            with self.clock.stage("handoff"):
-                handoff = client.handoff(request)
-        finally:
-            if client is not cloud:
-                client.close()
-        return self._from_handoff(handoff, seed=self.seed, guidance=request.guidance, split=split)
 
-    def _from_handoff(
-        self, handoff: Handoff, *, seed: int | None = None, guidance: float | None = None, split: int | None = None
-    ) -> _Start:
-        handoff.check(
-            self.session.manifest,
-            prompt=self.prompt,
-            negative_prompt=self.negative_prompt,
-            seed=seed,
-            guidance=guidance,
-            split=split,
-        )
-        meta = handoff.meta
-        whole = meta.next_step == meta.num_steps
-        path = "cloud" if whole else "hybrid" if meta.next_step else "device"
-        size = len(handoff.to_bytes())
-        return _Start(handoff.latents, handoff.x0_prev, meta.next_step, meta.seed, meta.guidance, path, size)
+    def _show(self, event: StepEvent) -> None:
+        """A small picture of a step: of its x0 where the solver keeps that, which is nearer to the end's latents."""
+        spec = self.session.manifest.preview
+        if self.on_preview is None or spec is None:
+            return
+        latents = event.latents if event.x0_prev is None else event.x0_prev
+        rgb = project(latents, spec.factors, spec.bias)
+        self.on_preview(Preview(rgb, event.step + 1, event.num_steps, "device"))
 
     def _open(self, component: str) -> None:
         self._stop_if_cancelled()

@@ -52,6 +52,7 @@ class HandoffRequest:
         seed: int = 0,
         guidance: float | None = None,
         dtype: str = "float16",
+        accept_splits: tuple[int, ...] | None = None,
     ) -> HandoffRequest:
         """The request whose answer fits the bundle: size, steps, sampler and digests from its manifest."""
         return cls(
@@ -67,6 +68,7 @@ class HandoffRequest:
             sampler=manifest.schedule.sampler,
             model_digest=manifest.source.digest,
             scheduler_digest=manifest.schedule.scheduler_digest,
+            accept_splits=accept_splits,
         )
 
     def to_dict(self) -> dict[str, Any]:
