@@ -8,7 +8,9 @@ text by itself, lets a client set its time-outs, and has no guard against slow c
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import logging
 import os
 import secrets
 import shutil
@@ -19,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from latentrelay.cloud.errors import ReplicaError
+from latentrelay.cloud.metrics import Metrics
 from latentrelay.cloud.ray_ingress import Ingress, Message, ReplicaLost
+from latentrelay.cloud.ray_metrics import merged
 from latentrelay.cloud.ray_replica import Replica, make_app
 from latentrelay.cloud.replicas import Replicas, desired_replicas
 from latentrelay.cloud.serve import CloudServer, OnReady
 from latentrelay.cloud.service_options import ServiceOptions
 from latentrelay.runtime.errors import MissingExtraError
-from starlette.applications import Starlette
-from starlette.routing import Route
 
 NAME = "latentrelay"
 _ONE = Replicas()
@@ -83,12 +85,14 @@ def run_ray(
         cluster = _Cluster(Replica, make_engine, application)
         ingress = Ingress(cluster.call, metrics=cluster.metrics)
         server = CloudServer(
-            Starlette(routes=[Route("/{path:path}", ingress, methods=None)]),
+            ingress,
             host=host,
             port=port,
             insecure=insecure,
             certfile=certfile,
             keyfile=keyfile,
+            drain=cluster.drain,
+            refused=cluster.front.refused,
         )
         stack.enter_context(cluster.running(replicas, jobs_per_replica, threads, gpus_per_replica))
         ingress.max_body_bytes = cluster.describe()["max_body_bytes"]
@@ -120,7 +124,9 @@ class _Cluster:
 
     def __init__(self, kind: type, *arguments: Any) -> None:
         self._kind, self._arguments = kind, arguments
+        self.front = Metrics()
         self._handle: Any = None
+        self._draining: asyncio.Future[Any] | None = None  # kept, so that it is not collected while it runs
 
     @contextmanager
     def running(self, replicas: Replicas, jobs: float, threads: int | None, gpus: float) -> Iterator[None]:
@@ -128,6 +134,8 @@ class _Cluster:
         with _environment(_ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}):
             ray, serve = _imported()
             with _temporary("lr-ray-") as session:
+                logging.getLogger("ray").setLevel(logging.ERROR)
+                logging.getLogger("ray.serve").setLevel(logging.ERROR)
                 ray.init(
                     num_cpus=replicas.maximum,
                     num_gpus=None if gpus else 0,
@@ -182,6 +190,12 @@ class _Cluster:
             reason = serve.status().applications[NAME].message
             raise ReplicaError("the replicas did not start", got=_last_line(reason or str(error))) from error
 
+    def drain(self, grace_s: float) -> None:
+        """Have every replica take on nothing new; does not wait. Called on the loop that answers requests."""
+        self._draining = asyncio.ensure_future(
+            self._handle.broadcast("drain", grace_s).results_async(timeout_s=grace_s + 5, return_exceptions=True)
+        )
+
     def describe(self) -> dict[str, Any]:
         """What one replica says of itself."""
         return dict(self._handle.describe.remote().result(timeout_s=60))
@@ -205,10 +219,11 @@ class _Cluster:
             if not ended:
                 answer.cancel()
 
-    async def metrics(self) -> list[tuple[int, bytes]]:
-        """Process id and metrics of every replica that answers."""
+    async def metrics(self) -> bytes:
+        """The metrics of every replica that answers, and of the connections refused here."""
         found = await self._handle.broadcast("metrics").results_async(timeout_s=10, return_exceptions=True)
-        return [each for each in found if not isinstance(each, BaseException)]
+        answered = [(str(pid), text) for pid, text in (each for each in found if not isinstance(each, BaseException))]
+        return merged([*answered, ("front", self.front.text())])
 
 
 def _imported() -> tuple[Any, Any]:

@@ -11,13 +11,13 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from contextlib import aclosing
 from typing import Any
 
 from latentrelay.cloud.errors import ProblemError
 
-Message = dict[str, Any]
+Message = MutableMapping[str, Any]
 Call = Callable[[Message, bytes], AsyncGenerator[list[Message], None]]  # raises ReplicaLost
 _SCOPE = (
     "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers",
@@ -38,20 +38,30 @@ class Ingress:
     """
 
     def __init__(
-        self, call: Call, *, metrics: Callable[[], Any], max_body_bytes: int = 64 * 1024, patience_s: float = 20.0
+        self,
+        call: Call,
+        *,
+        metrics: Callable[[], Awaitable[bytes]],
+        max_body_bytes: int = 64 * 1024,
+        patience_s: float = 20.0,
     ) -> None:
-        self._call, self._metrics = call, metrics
-        self._max_body_bytes, self._patience_s = max_body_bytes, patience_s
+        self._call, self._metrics, self._patience_s = call, metrics, patience_s
+        self.max_body_bytes = max_body_bytes
         self.stopping = False
 
     async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
-        """Answer one request."""
-        body = await _body(receive, self._max_body_bytes)
+        """Answer one request; the lifespan of this application is whoever started Ray's to see to."""
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        body = await _body(receive, self.max_body_bytes)
         if body is None:
             return
         sent = {key: scope[key] for key in _SCOPE if key in scope}
         sent["headers"] = _with_key(scope)
         gone = asyncio.ensure_future(_disconnected(receive))
+        if scope["path"] == "/metrics" and scope["method"] == "GET":
+            send = _replacing(send, self._metrics)
         try:
             await self._answered(sent, body, gone, send)
         finally:
@@ -77,6 +87,12 @@ class Ingress:
             await asyncio.sleep(_AGAIN_S)
 
 
+async def _lifespan(receive: Any, send: Any) -> None:
+    for part in ("startup", "shutdown"):
+        await receive()
+        await send({"type": f"lifespan.{part}.complete"})
+
+
 async def _until(
     batches: AsyncGenerator[list[Message], None], gone: asyncio.Future[None], deadline: float
 ) -> AsyncGenerator[Message, None]:
@@ -86,7 +102,8 @@ async def _until(
         following = asyncio.ensure_future(anext(batches, None))
         wait_s = None if taken else max(0.1, deadline - time.monotonic())
         try:
-            await asyncio.wait({following, gone}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Future[Any]] = {following, gone}
+            await asyncio.wait(both, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
             if not following.done():
                 if gone.done():
                     return
@@ -127,6 +144,25 @@ def _with_key(scope: Message) -> list[tuple[bytes, bytes]]:
     if scope["method"] == "POST" and not any(name == b"idempotency-key" for name, _ in headers):
         headers.append((b"idempotency-key", secrets.token_hex(16).encode()))
     return headers
+
+
+def _replacing(send: Any, text: Callable[[], Awaitable[bytes]]) -> Any:
+    """A `send` that puts `text()` in the place of a 200's body, and lets other answers pass: whoever asks has to have
+    been let in by the replica."""
+    held: list[Message] = []
+
+    async def replaced(message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            held.append(message)
+        elif not held:
+            await send(message)
+        elif not message.get("more_body", False):
+            body = await text()
+            headers = [each for each in held[0]["headers"] if each[0] != b"content-length"]
+            await send({**held[0], "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+            await send({"type": "http.response.body", "body": body})
+
+    return replaced
 
 
 async def _unanswered(scope: Message, send: Any) -> None:

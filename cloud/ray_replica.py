@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from latentrelay.cloud.replicas import METRIC
 from latentrelay.cloud.service_options import ServiceOptions
 
-Message = dict[str, Any]
+Message = MutableMapping[str, Any]
 _AHEAD = 64  # messages the application may be ahead of whoever reads them
 _NOTICE_S = 5.0  # for an application to end after its client has gone
 
@@ -91,10 +91,9 @@ class Replica:
         """This replica's process id and its metrics as text."""
         return os.getpid(), self._app.state.service.metrics_text()
 
-    async def stop(self) -> None:
-        """Take nothing new, end event streams; jobs that are not finished stay in the store."""
-        if self._running:
-            self._app.state.service.drain()
+    async def drain(self, grace_s: float) -> None:
+        """Take nothing new; whoever waits is answered after `grace_s`. Unfinished jobs stay in the store."""
+        self._app.state.service.drain(grace_s)
 
     async def __del__(self) -> None:
         """Ray Serve awaits this when it ends a replica: the application's own end."""

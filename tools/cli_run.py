@@ -24,6 +24,20 @@ def serve(
     key: Annotated[Path | None, typer.Option(help="TLS key, PEM.")] = None,
     insecure: Annotated[bool, typer.Option(help="Plain HTTP off loopback, where another proxy ends TLS.")] = False,
     lora: Annotated[list[str] | None, typer.Option(help="Adapters merged into the model: FILE or FILE:SCALE.")] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Folder of accepted jobs and results, kept over a restart; a temporary one if not given."),
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="TOML file of bearer tokens with their limits, instead of --token.")
+    ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run replicas on a Ray Serve of its own (extra `ray`), behind one address.")
+    ] = False,
+    replicas: Annotated[
+        str | None,
+        typer.Option(metavar="MIN[:MAX]", help="With --ray: how many; between MIN and MAX by the jobs in hand. 1."),
+    ] = None,
     port_file: Annotated[Path | None, typer.Option(help="Write the port here once requests are answered.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -41,6 +55,10 @@ def serve(
         key=key,
         insecure=insecure,
         loras=lora or (),
+        store=store,
+        tokens=tokens,
+        ray=ray,
+        replicas=replicas,
         port_file=port_file,
         as_json=as_json,
     )
