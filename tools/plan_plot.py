@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 PARTS = {
     "cloud_queue": ("cloud: queue", "#9ecae1"),
@@ -22,7 +23,7 @@ PARTS = {
     "device_steps": ("device: steps", "#31a354"),
     "decode": ("device: decode", "#006d2c"),
 }
-_COLOURS = matplotlib.colormaps["tab10"]
+_COLOURS = matplotlib.colormaps["tab20"]
 _MARKERS = "osv^D<>pXPh"
 
 
@@ -45,9 +46,9 @@ def plot(document: Mapping[str, Any]) -> bytes:
         above.set_title(f"{document['device']} on {name}", fontsize=10)
         _bars(below, front, chosen)
         _goal(below, document["goals"]["max_latency_s"])
-    for axis in (axes[0][0], axes[1][0]):
-        handles, labels = axis.get_legend_handles_labels()
-        axis.legend(handles, labels, fontsize=7, ncols=2 if axis is axes[0][0] else 1)
+    known = [axis.get_legend_handles_labels() for row in axes for axis in row]
+    named = {label: handle for handles, labels in known for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(named.values(), named, fontsize=7.5, ncols=6, loc="outside lower center")
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return stream.getvalue()
@@ -70,7 +71,7 @@ def _points(
             [max(0.0, value - low) for value, (low, _) in zip(y, ends, strict=True)],
             [max(0.0, high - value) for value, (_, high) in zip(y, ends, strict=True)],
         ]
-        colour, marker = _COLOURS(i % 10), _MARKERS[i % len(_MARKERS)]
+        colour, marker = _COLOURS(i % 20), _MARKERS[i % len(_MARKERS)]
         axis.errorbar(x, y, yerr=spread, fmt="none", ecolor=colour, alpha=0.35, linewidth=1)
         axis.scatter(x, y, color=colour, marker=marker, s=28, label=group, zorder=3)
     if front:
@@ -89,6 +90,8 @@ def _points(
         )  # fmt: skip
     axis.axhline(0.0, color="0.4", linestyle="--", linewidth=0.8)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if _leading(value) in (2, 5) else ""))
     axis.set_xlabel("latency of a picture, s")
     axis.set_ylabel("attribute accuracy less all-cloud, points (95 %)")
 
@@ -103,7 +106,11 @@ def _bars(axis: Any, front: Sequence[Mapping[str, Any]], chosen: Mapping[str, An
         axis.barh(range(len(shown)), widths, left=left, color=colour, label=label, height=0.75)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axis.set_yticks(range(len(shown)), [("> " if row == chosen else "") + _name(row) for row in shown], fontsize=7)
-    axis.set_xlabel("s; prompt encoding runs beside the cloud and is not drawn there")
+    axis.set_xlabel("s; what the device does while the cloud works is not drawn")
+
+
+def _leading(value: float) -> int:
+    return int(f"{value:e}"[0])
 
 
 def _goal(axis: Any, seconds: float | None) -> None:

@@ -129,10 +129,13 @@ def rows(
 ) -> list[Row]:
     """Every row that can be run: without a network those of split 0 alone, without a predicted step's time no mask."""
     found = []
-    for network in networks:
+    whole = {(each.model_digest, each.light_decoder): each for each in reversed(options)}  # all steps in the cloud: the
+    for network in networks:  # device decodes alone, so one option stands for all that decode alike
         for option in options:
             for split in option.splits:
                 if split and not network.connected:
+                    continue
+                if split == option.num_steps and whole[option.model_digest, option.light_decoder] is not option:
                     continue
                 for mask in option.ways(split):
                     row = _row(option, mask, network, cloud, evidence, price, device_watts)

@@ -11,8 +11,8 @@ from typing import Any
 from latentrelay.tools.console import printable, table
 from rich.console import Console
 
-_COLUMNS = ["", "student", "precision", "split", "steps here", "latency s", "cloud s", "wire", "device s", "cost"]
-_QUALITY = ["accuracy", "95 %", "dB", "quality is"]
+_COLUMNS = ["what", "split", "steps here", "s", "cloud", "wire", "device", "KiB", "cost", "accuracy, 95 %", "dB"]
+_MARKS = {"measured": "", "measured in parts": "(parts)"}
 
 
 def show(console: Console, document: Mapping[str, Any]) -> None:
@@ -22,13 +22,13 @@ def show(console: Console, document: Mapping[str, Any]) -> None:
         mine = [row for row in document["frontier"] if row["network"] == link["name"]]
         title = f"{document['device']} on {link['name']} ({rtt}, {link['label']}): the frontier"
         chosen = document["by_network"][link["name"]]["chosen"]
-        console.print(table([*_COLUMNS, *_QUALITY], [_cells(row, row == chosen) for row in mine], title))
+        console.print(table(_COLUMNS, [_cells(row, row == chosen) for row in mine], title))
         _verdict(console, document["by_network"][link["name"]])
     for line in document["chosen"]["commands"] if document["chosen"] else ():
         console.print(f"  [bold]{printable(line)}[/]")
     if document["alike"]:
         console.print("Not told apart from it by accuracy (95 % intervals overlap), and faster or cheaper:")
-        console.print(table([*_COLUMNS, *_QUALITY], [_cells(row, False) for row in document["alike"]]))
+        console.print(table(_COLUMNS, [_cells(row, False) for row in document["alike"]]))
     _sources(console, document)
 
 
@@ -36,7 +36,7 @@ def _verdict(console: Console, choice: Mapping[str, Any]) -> None:
     if choice["chosen"] is None:
         console.print(f"[bold red]Nothing chosen:[/] {printable(choice['reason'])}.")
         if choice["nearest_miss"] is not None:
-            console.print(table([*_COLUMNS, *_QUALITY], [_cells(choice["nearest_miss"], False)], "the nearest miss"))
+            console.print(table(_COLUMNS, [_cells(choice["nearest_miss"], False)], "the nearest miss"))
         return
     row = choice["chosen"]
     console.print(
@@ -46,6 +46,10 @@ def _verdict(console: Console, choice: Mapping[str, Any]) -> None:
 
 
 def _sources(console: Console, document: Mapping[str, Any]) -> None:
+    console.print(
+        "Seconds: all, cloud (queue and steps), wire, device (steps and decode). Accuracy: points less than all steps "
+        "in the cloud, the 95 % interval; (parts): differences that were measured apart on the same captions, added up."
+    )
     hidden = sum(1 for row in document["rows"] if row["quality"]["accuracy_difference"] is None)
     if hidden:
         console.print(f"{hidden} of {len(document['rows'])} rows have no measured accuracy; --json lists them.")
@@ -63,23 +67,21 @@ def _cells(row: Mapping[str, Any], chosen: bool) -> list[str]:
     parts, quality = row["latency_parts_ms"], row["quality"]
     here = parts["device_steps"] + parts["decode"] + (0 if row["overlapped"] else parts["text_encoder"])
     interval = quality["accuracy_difference_95"]
+    accuracy = "?" if interval is None else f"{100 * interval[0]:+.1f} {100 * interval[1]:+.1f}"
     return [
-        ">" if chosen else "",
-        row["name"],
-        row["precision"],
+        f"{'> ' if chosen else ''}{row['name']} {row['precision']}",
         str(row["split"]),
-        row["mask"],
-        _seconds(row["latency_ms"]),
+        row["mask"].removesuffix(" computed") if row["predicted_steps"] else "all",
+        f"{row['latency_ms'] / 1e3:.3f}",
         _seconds(parts["cloud_queue"] + parts["cloud_steps"]),
-        f"{_seconds(parts['transfer'])} ({row['down_bytes'] / 1024:.1f} KiB)" if row["down_bytes"] else "-",
+        _seconds(parts["transfer"]),
         _seconds(here),
+        f"{row['down_bytes'] / 1024:.1f}" if row["down_bytes"] else "-",
         "-" if row["cost"] is None else f"{row['cost']:.3g}",
-        "?" if quality["accuracy_difference"] is None else f"{100 * quality['accuracy_difference']:+.2f}",
-        "?" if interval is None else f"{100 * interval[0]:+.2f} .. {100 * interval[1]:+.2f}",
+        f"{accuracy} {_MARKS.get(quality['label'], '')}".strip(),
         "?" if quality["psnr_db"] is None else f"{quality['psnr_db']:.1f}",
-        quality["label"],
     ]
 
 
 def _seconds(ms: float) -> str:
-    return f"{ms / 1e3:.3f}"
+    return f"{ms / 1e3:.3f}" if ms else "-"
