@@ -23,8 +23,9 @@ JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 STATES = ("queued", "running", "done", "failed", "cancelled", "expired", "deleted")
 # Refusals that come for load, or from something between here and there: asking again may help.
 _BUSY = (408, 425, 429, 502, 503, 504)
-# Of those, what asking again within the same deadline does not change.
-_FINAL_KINDS = ("deadline-passed", "deadline-unreachable", "quota-used", "run-failed")
+# What asking again may change without a Retry-After that says so, and what it does not change in spite of one.
+_TEMPORARY_KINDS = ("unreachable", "dropped", "timeout", "busy", "body-timeout")
+_FINAL_KINDS = ("deadline-unreachable", "quota-used")
 _RANGE = re.compile(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})")
 
 
@@ -120,12 +121,11 @@ def problem_error(status: int, problem: Mapping[str, Any], wait_s: float | None 
 
 
 def worth_asking_again(error: CloudError) -> bool:
-    """Whether the same request may succeed a little later."""
-    return isinstance(error, CloudUnavailableError) and error.kind not in _FINAL_KINDS and not _is_over(error)
-
-
-def _is_over(error: CloudUnavailableError) -> bool:
-    return error.kind == "lost" or error.kind.startswith("job-") or error.kind == "failed"
+    """Whether the same request may succeed a little later: what is a refusal for load carries Retry-After, the end of
+    a job that failed does not."""
+    if not isinstance(error, CloudUnavailableError) or error.kind in _FINAL_KINDS:
+        return False
+    return error.kind in _TEMPORARY_KINDS or error.retry_after_s is not None
 
 
 def _kind(problem: Mapping[str, Any]) -> str:

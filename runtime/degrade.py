@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 THERMAL = ("nominal", "fair", "serious", "critical")
 HOT = THERMAL[2:]
 SPLIT_LOWERED, ON_DEVICE = "split-lowered", "all-steps-on-device"
+MAX_SPLITS = 64  # a cloud reads no more
 MORE_PREDICTED, NOTHING_MORE = "more-predicted-steps", "nothing-more-to-predict"
 
 
@@ -76,10 +77,12 @@ class FailureMemory:
 
 def smaller_splits(manifest: Manifest, split: int) -> tuple[int, ...]:
     """The splits at which a cloud may hand over early: those below `split` from which the bundle predicts steps, and
-    of a bundle that predicts none every one; without 0, which needs no cloud. Descending."""
+    of a bundle that predicts none every one (MAX_SPLITS at most, evenly spread); without 0, which needs no cloud.
+    Descending."""
     masks = manifest.prediction.masks if manifest.prediction is not None else ()
     choice = {mask.split for mask in masks} if masks else range(split)
-    return tuple(sorted((each for each in choice if 0 < each < split), reverse=True))
+    found = sorted((each for each in choice if 0 < each < split), reverse=True)
+    return tuple(found[:: 1 + (len(found) - 1) // MAX_SPLITS] if found else ())
 
 
 def affordable_split(cloud: Capabilities, splits: Sequence[int], num_steps: int, deadline_s: float) -> int:
