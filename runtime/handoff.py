@@ -174,7 +174,8 @@ class Handoff:
             return _parse(data, limits)
         except ValueError as error:
             raise HandoffFormatError(
-                f"the handoff blob is malformed: {error}", do="Ask the cloud again; update the older of the two sides."
+                f"the handoff blob is malformed: {str(error)[:300]}",
+                do="Ask the cloud again; update the older of the two sides.",
             ) from error
 
     def check(

@@ -16,16 +16,34 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 SCHEMA_MAJOR = 1
+MAX_DEPTH = 64
 
 
 def read_json(text: bytes) -> Any:
-    """Parse UTF-8 JSON; repeated keys, NaN, Infinity, lone surrogates and absurd nesting are ValueErrors."""
+    """Parse UTF-8 JSON; repeated keys, NaN, Infinity, lone surrogates and nesting past MAX_DEPTH are ValueErrors."""
     try:
         document = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
         json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    _check_depth(document)
     return document
+
+
+def _check_depth(document: Any) -> None:
+    """Shallow enough for everything that will walk the document, whose own frames deepen the stack too."""
+    level, depth = [document], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested too deeply: more than {MAX_DEPTH} levels")
+        level = [
+            inner
+            for each in level
+            if isinstance(each, (dict, list))
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, (dict, list))
+        ]
 
 
 def check_schema_version(version: object) -> int:
@@ -100,8 +118,11 @@ def _fits(hint: Any, value: object) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if typing.get_origin(hint) is tuple:
+    origin = typing.get_origin(hint)
+    if origin is tuple:
         return isinstance(value, list)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, dict)
     return isinstance(value, hint) if isinstance(hint, type) else False
 
 
