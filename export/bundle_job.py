@@ -32,6 +32,7 @@ from latentrelay.export.precision_pass import COREML, PrecisionPass, Refined
 from latentrelay.export.predicted_bundle import plain_row, predicted_sample, prediction_spec, with_ladders
 from latentrelay.export.predicted_parity import check_predicted
 from latentrelay.export.prediction_pass import PredictionAsk, PredictionPass
+from latentrelay.export.preview_pass import PreviewPass
 from latentrelay.export.reference_run import ReferenceRun, record_run
 from latentrelay.export.sample_file import load_samples, save_samples
 from latentrelay.export.selftest import write_selftest
@@ -76,6 +77,10 @@ class BundleJob:
         parity = self._parity(made, samples)
         refined = self._refined(made, samples)
         spec = backend_spec(self.profile, self.precision)
+        preview, preview_report = self._preview.made(
+            refined.graphs["vae_decoder"], self._components(samples, refined)["vae_decoder"], spec
+        )
+        refined = replace(refined, quality={**refined.quality, "preview": preview_report})
         with self.stages.timed("layout", "writing configuration, tokenizer and plan"):
             write_layout(self.source.pipeline, self.scheduler, folder, self.vae)
             tokenizer = write_tokenizer(self.source.pipeline.tokenizer, folder / "tokenizer")
@@ -133,6 +138,7 @@ class BundleJob:
                 quality=refined.quality,
                 coreml=refined.coreml,
                 prediction=prediction_spec(plan, folder / PATHS["unet"], self._latent),
+                preview=preview,
             )
         return digest, {component: float(values["snr_db"]) for component, values in parity.items()}, refined
 
@@ -165,6 +171,12 @@ class BundleJob:
     @cached_property
     def _predicting(self) -> PredictionPass:
         return PredictionPass(self._calibrated, self.prediction, self.stages, self.scheduler)
+
+    @property
+    def _preview(self) -> PreviewPass:
+        recorded = self._calibrated.two_branches and (self._calibrated.correctable or self.prediction is not None)
+        scaling = float(self.vae.config.scaling_factor)
+        return PreviewPass(self._calibrated, self.stages, recorded, scaling, self.downscale)
 
     @property
     def rule(self) -> SamplerRule:

@@ -24,6 +24,7 @@ from latentrelay.runtime.manifest import (
     Manifest,
     Port,
     PredictionSpec,
+    PreviewSpec,
     Schedule,
     SelftestSpec,
     Source,
@@ -104,6 +105,7 @@ def write_manifest(
     quality: Mapping[str, Any] | None = None,
     coreml: tuple[CoreMLPackage, ...] = (),
     prediction: PredictionSpec | None = None,
+    preview: PreviewSpec | None = None,
 ) -> str:
     """Write manifest.json into the finished `folder`, return its digest; `latent` = rows, columns, downscale."""
     rows, columns, downscale = latent
@@ -137,6 +139,7 @@ def write_manifest(
         quality=dict(quality or {}),
         coreml=coreml,
         prediction=prediction,
+        preview=preview,
         additional_metadata=dict(source.notes),
     ).sealed()
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json_bytes())

@@ -47,7 +47,7 @@ def bundle(tiny_pipeline: Any, vae: AutoencoderTiny, tmp_path_factory: pytest.Te
 
 def test_the_manifest_keeps_both_scalings(bundle: Path, tiny_pipeline: Any) -> None:
     manifest = Bundle.open(bundle).manifest
-    assert manifest.schema_version == "1.3"
+    assert manifest.schema_version == "1.4"
     assert manifest.latent.scaling_factor == tiny_pipeline.vae.config.scaling_factor == 0.18215
     assert manifest.decoder is not None
     assert (manifest.decoder.class_name, manifest.decoder.scaling_factor) == ("AutoencoderTiny", FACTOR)

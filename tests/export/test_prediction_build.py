@@ -35,7 +35,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(pipeline: Any, folder: Path, name: str, **options: Any) -> ExportResult:
-    ask = PredictionAsk(options.pop("speedup", 1.6), options.pop("target", "whole_output"), (0, SPLIT))
+    hot = options.pop("hot_speedup", None)
+    ask = PredictionAsk(options.pop("speedup", 1.6), options.pop("target", "whole_output"), (0, SPLIT), hot)
     settings = {"num_steps": STEPS, "calibration": CALIBRATION, "work": folder / "work", "prediction": ask, **options}
     return export(pipeline, "x86-laptop-vnni", folder / name, **settings)
 
@@ -84,6 +85,65 @@ def test_the_runtimes_run_is_the_plans_run_in_numpy(whole: ExportResult) -> None
     assert not np.array_equal(events[-1].latents, computed[-1].latents)
 
 
+@pytest.fixture(scope="module")
+def hot(wide: Any, work: Path, whole: ExportResult) -> ExportResult:
+    return build(wide, work, "hot", precision="w8a8", hot_speedup=2.5)
+
+
+def test_hot_masks_come_after_the_normal_ones_whose_tables_stay_bit_for_bit(
+    whole: ExportResult, hot: ExportResult
+) -> None:
+    plain, plan, manifest = Plan.load(whole.bundle), Plan.load(hot.bundle), Bundle.open(hot.bundle).manifest
+    assert {"quantise", "compensation", "step_costs"} <= set(hot.reused)
+    assert manifest.prediction is not None
+    masks = {(each.split, each.level): each for each in manifest.prediction.masks}
+    assert {(0, "normal"), (SPLIT, "normal"), (0, "hot")} <= set(masks)
+    rows = 1 + 2  # none, and one a normal split
+    assert [masks[key].row for key in ((0, "normal"), (SPLIT, "normal"), (0, "hot"))] == [1, 2, rows]
+    assert masks[0, "hot"].mask.count("full") < masks[0, "normal"].mask.count("full")
+    before = plain.tables.arrays()
+    for name, array in plan.tables.arrays().items():
+        if name.startswith(("ladder", "candidates", "rectifier", "grid")):
+            kept = before.get(name, np.zeros_like(array[:rows]))
+            assert (len(array), array[:rows].tobytes()) == (1 + len(masks), kept.tobytes())
+        else:
+            assert array.tobytes() == before[name].tobytes()
+    old = Bundle.open(whole.bundle).manifest.prediction
+    assert old is not None
+    assert manifest.prediction.masks[:2] == old.masks
+    report = manifest.quality["prediction"]["hot"]
+    assert report["speedup"] == 2.5
+    assert report["splits"]["0"]["computed_steps"] == masks[0, "hot"].mask.count("full")
+    assert hot.parity_db["predicted_run"] > 50
+
+
+@pytest.mark.parametrize("level", ["normal", "hot"])
+def test_a_bundle_with_hot_masks_gives_each_levels_chain(hot: ExportResult, level: Any) -> None:
+    bundle, plan = Bundle.open(hot.bundle), Plan.load(hot.bundle)
+    network = deployed(bundle, 1)
+    tables = {name: each for name, each in plan.tables.arrays().items() if name.startswith("compensation_")}
+    prediction = Prediction.of_plan(plan, 0, level)
+    assert prediction is not None
+    with Session(bundle, threads=1) as session:
+        assert session.selftest().ok
+        embeds, latents = session.encode("a red cat"), session.initial_latents(5)
+        events = list(session.run_steps(latents, None, 0, embeds, 7.5, level=level))
+    correction = TableCorrection(tables) if tables else None
+    start = Start(0, latents, None, embeds)
+    chain = predicted_chain(WholeOutput(network.open()), network.table, start, 7.5, prediction, correction)
+    assert tuple(event.kind for event in events) == prediction.mask
+    for event, step in zip(events, chain, strict=True):
+        peak = float(np.abs(step.next_latents).max())
+        np.testing.assert_allclose(event.latents, step.next_latents, atol=2e-3 * peak)
+
+
+def test_the_preview_is_fitted_on_the_recorded_runs(whole: ExportResult) -> None:
+    manifest = Bundle.open(whole.bundle).manifest
+    assert manifest.preview is not None
+    assert manifest.quality["preview"]["fitted_on"] == "recorded runs"
+    assert np.array(manifest.preview.factors).shape == (3, manifest.latent.channels)
+
+
 def test_a_run_that_predicts_nothing_is_the_plain_bundles(wide: Any, work: Path, whole: ExportResult) -> None:
     plain = build(wide, work, "plain", precision="w8a8", prediction=None)
     assert {"quantise", "compensation"} <= set(plain.reused)
@@ -114,7 +174,7 @@ def test_weights_are_shared_and_the_selftest_passes(whole: ExportResult) -> None
 
 def test_a_second_build_takes_the_planned_steps_over(wide: Any, work: Path, whole: ExportResult) -> None:
     again = build(wide, work, "again", precision="w8a8")
-    assert {"prediction", "step_costs"} <= set(again.reused)
+    assert {"prediction", "step_costs", "preview"} <= set(again.reused)
     assert Plan.load(again.bundle) == Plan.load(whole.bundle)
 
 
@@ -135,7 +195,13 @@ def test_the_deep_feature_ships_its_shallow_path(wide: Any, work: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ask", "words"), [({"speedup": 1.0}, "speedup"), ({"speedup": 2.0, "target": "all"}, "target")]
+    ("ask", "words"),
+    [
+        ({"speedup": 1.0}, "speedup"),
+        ({"speedup": 2.0, "target": "all"}, "target"),
+        ({"speedup": 2.0, "hot_speedup": 2.0}, "hot_speedup"),
+        ({"speedup": 2.0, "hot_speedup": 101.0}, "hot_speedup"),
+    ],
 )
 def test_what_cannot_be_asked(ask: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError, match=words):
@@ -153,7 +219,7 @@ def test_splits_beyond_the_run_and_features_inside_packages_are_refused(wide: An
 
 def test_an_apple_build_has_both_steps_as_packages(wide: Any, work: Path) -> None:
     settings: dict[str, Any] = {"precision": "fp16", "num_steps": 6, "calibration": CALIBRATION}
-    ask = PredictionAsk(1.6, "auto", (0,))
+    ask = PredictionAsk(1.6, "auto", (0,), hot_speedup=2.2)
     done = export(wide, "iphone-15-pro", work / "apple", work=work / "work", prediction=ask, **settings)
     manifest = Bundle.open(done.bundle).manifest
     packages = {each.role: each for each in manifest.coreml}
@@ -161,6 +227,7 @@ def test_an_apple_build_has_both_steps_as_packages(wide: Any, work: Path) -> Non
     assert packages["step_predicted"].parity_db > 40
     assert manifest.prediction is not None
     assert manifest.prediction.target == "whole_output"
+    assert [(each.split, each.level) for each in manifest.prediction.masks] == [(0, "normal"), (0, "hot")]
     assert "prompt_embeds" not in {port.name for port in packages["step_predicted"].inputs}
     with Session(Bundle.open(done.bundle)) as session:  # the graphs beside the packages
         assert session.selftest().ok
