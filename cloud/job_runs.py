@@ -61,7 +61,8 @@ class JobOptions:
     """ttl_s: how long a result is kept after the end; tombstone_s: how long the job is remembered then. poll_s: how
     soon a board sees what other replicas did. max_attempts: how often a job is begun. cache: identical requests of one
     owner share results. deadline_s: of requests that name none. progress_s: the least time between two notes of a job's
-    progress for other replicas. grace_s: how long a blob that no record names is left alone."""
+    progress for other replicas. grace_s: how long a blob that no record names is left alone. record_first: a result is
+    written before anybody is told of it, so that every replica says the same; else it is served from memory first."""
 
     ttl_s: float = 600.0
     tombstone_s: float = 86_400.0
@@ -71,6 +72,7 @@ class JobOptions:
     deadline_s: float | None = None
     progress_s: float = 0.5
     grace_s: float = 60.0
+    record_first: bool = False
 
     @property
     def sweep_s(self) -> float:

@@ -9,6 +9,7 @@ text by itself, lets a client set its time-outs, and has no guard against slow c
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import logging
 import os
@@ -80,7 +81,11 @@ def run_ray(
     with ExitStack() as stack:
         folder = Path(store).resolve() if store is not None else stack.enter_context(_temporary("latentrelay-jobs-"))
         application = functools.partial(
-            make_app, store=folder, token=token, tokens_file=tokens_file, service=service or ServiceOptions()
+            make_app,
+            store=folder,
+            token=token,
+            tokens_file=tokens_file,
+            service=dataclasses.replace(service or ServiceOptions(), replicas=replicas.maximum > 1),
         )
         cluster = _Cluster(Replica, make_engine, application)
         ingress = Ingress(cluster.call, metrics=cluster.metrics)

@@ -86,6 +86,7 @@ class Service:
                 max_attempts=options.max_attempts,
                 cache=options.cache,
                 deadline_s=self.engine.limits.deadline_s,
+                record_first=options.replicas,
             ),
             observer=self.metrics,
             model=_identity(self.engine),

@@ -15,7 +15,8 @@ class ServiceOptions:
     ttl_s: how long a result is kept after its job ended; tombstone_s: how long the service remembers that it was there.
     max_wait_s: the longest a POST or GET waits (`Prefer: wait` without a number waits that long). body_s: the time a
     body may take to come. heartbeat_s: between two signs of life on an event stream. stream_s: the longest an event
-    stream lasts; the client opens another. log_prompts writes prompts into the log; nothing else does.
+    stream lasts; the client opens another. replicas: others serve the same store, and a client may ask any of them, so
+    that a result is written before anybody is told of it. log_prompts writes prompts into the log; nothing else does.
     """
 
     ttl_s: float = 600.0
@@ -30,4 +31,5 @@ class ServiceOptions:
     max_batch: int | None = None
     memory_mib: int | None = None
     open_jobs: int | None = None
+    replicas: bool = False
     log_prompts: bool = False
