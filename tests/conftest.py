@@ -1,6 +1,7 @@
 """Fixtures shared by the folders, and the named list of third-party warnings that are not ours to fix.
 
-`tiny` is tests/tiny_pipeline.py as a module, `uninterrupted` tests/uninterrupted.py; `tiny_bundle` is one fp32 bundle
+`tiny` is tests/tiny_pipeline.py as a module, `uninterrupted` tests/uninterrupted.py, `handoff_mutations`
+tests/handoff_mutations.py; `tiny_bundle` is one fp32 bundle
 exported once for the whole session; `serve_cloud(pipeline)` is a real server on a loopback port.
 """
 
@@ -53,6 +54,12 @@ def tiny() -> Any:
 def uninterrupted() -> Any:
     """The module that runs diffusers alone: `final_latents(pipeline, sampler, ...)`, `snr_db(expected, got)`."""
     return load_beside("uninterrupted")
+
+
+@pytest.fixture(scope="session")
+def handoff_mutations() -> Any:
+    """The module that makes hostile blobs: `cases(seeds, count, seed)`, `examined(blob)`, `apart`, `together`."""
+    return load_beside("handoff_mutations")
 
 
 @pytest.fixture(scope="session")
