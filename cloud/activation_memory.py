@@ -8,6 +8,7 @@ request stands for any number; sizes are rounded up to 8 latents, so that few ar
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -18,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_log = logging.getLogger("latentrelay.cloud")
 SCRATCH_SHARE = 0.25  # for kernels' scratch memory and the allocator's rounding
 _GRID = 8
 _CGROUP_FILES = (
@@ -46,8 +48,16 @@ class ActivationMemory:
         size = (-(-rows // _GRID) * _GRID, -(-columns // _GRID) * _GRID)
         with self._lock:
             if size not in self._each:
-                self._each[size] = max(1, int((1 + SCRATCH_SHARE) * self._peak(*size)))
+                self._each[size] = max(1, int((1 + SCRATCH_SHARE) * self._peak_or_nothing(*size)))
             return self._each[size]
+
+    def _peak_or_nothing(self, rows: int, columns: int) -> int:
+        """A network that cannot be run on fake tensors has no forecast: memory that runs out is met as it comes."""
+        try:
+            return self._peak(rows, columns)
+        except Exception as error:
+            _log.warning("no memory forecast for latents of %dx%d: %s", rows, columns, type(error).__name__)
+            return 0
 
     def _peak(self, rows: int, columns: int) -> int:
         count, unet = self._branches, self._unet

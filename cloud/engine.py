@@ -336,7 +336,9 @@ def stacked_embeds(states: Sequence[RunState]) -> torch.Tensor:
 
 
 def _wire(tensor: torch.Tensor, dtype: str) -> Any:
-    return np.asarray(tensor.float().cpu().contiguous()).astype(np.float16 if dtype == "float16" else np.float32)
+    single = np.asarray(tensor.float().cpu().contiguous())
+    with np.errstate(over="ignore"):  # what is out of float16's range becomes infinite, which the handoff refuses
+        return single.astype(np.float16 if dtype == "float16" else np.float32)
 
 
 def _check_one_branch(request: RunRequest) -> None:
