@@ -10,6 +10,7 @@ noise at every step but the last, drawn on from the initial noise's generator.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import threading
@@ -110,7 +111,7 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        device: torch.device = self._pipeline.unet.device
+        device: torch.device = next(self._pipeline.unet.parameters()).device  # diffusers' own walks every module
         return device
 
     @property
@@ -361,5 +362,6 @@ def _mismatch(field: str, got: object, expected: object) -> ProblemError:
     )
 
 
+@functools.cache  # reading it takes milliseconds, and every handoff names it
 def _version() -> str:
     return importlib.metadata.version("latentrelay")
