@@ -196,8 +196,8 @@ class JobBoard:
         if live is not None:
             self._check_owner(live.record, owner)
             live.settled.wait(_SETTLE_S)
-            self._live.cancel(live)
-            return live.status(self._options.ttl_s) if self._live.get(id) is live else self.status(id, owner)
+            if self._live.cancel(live):
+                return live.status(self._options.ttl_s)
         while True:
             entry = self._read(id, owner)
             if self._ended_by(entry):

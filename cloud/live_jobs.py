@@ -129,9 +129,11 @@ class LiveJobs:
             ticket.cancel()
         self._bell.ring(record.id, step=True)
 
-    def cancel(self, live: LiveJob) -> None:
-        """End a job as cancelled, or forget the result of one whose end could not be written yet."""
+    def cancel(self, live: LiveJob) -> bool:
+        """End a job as cancelled, or forget the result of one whose end is not written yet; False where it is."""
         with live.lock:
+            if self._jobs.get(live.entry.record.id) is not live:
+                return False
             if live.ended is None:
                 live.ended = live.entry.record.end("cancelled")
             elif live.ended.state == "done":
@@ -139,6 +141,7 @@ class LiveJobs:
         if live.ticket is not None:
             live.ticket.cancel()
         self.write(live)
+        return True
 
     def stop(self, live: LiveJob) -> None:
         """End the run of a job that was ended elsewhere, without recording anything."""
@@ -166,7 +169,7 @@ class LiveJobs:
                 logs.event(_log, "a job's end is kept in memory", level=logging.WARNING, job=record.id, why=error.kind)
                 self._bell.ring(record.id)
                 return
-        self.abandon(live)
+            self.abandon(live)
         if ours:
             self._tell(record)
 
@@ -272,15 +275,29 @@ class LiveJobs:
             if live.ended is not None:
                 return
             live.blob = blob
-            live.ended = live.entry.record.end(
+            ended = live.entry.record.end(
                 "done",
                 etag=etag,
                 size=len(blob),
                 next_step=handoff.meta.next_step,
                 cloud_ms=round(1000 * live.entry.record.accepted.elapsed_s(), 1),
             )
-        self._bell.ring(live.entry.record.id)
-        self.write(live)
+            ours = self._recorded_first(live, ended) if self._options.record_first else None
+            live.ended = ended
+        if ours is None:
+            self._bell.ring(live.entry.record.id)
+            self.write(live)
+        elif ours:
+            self._tell(ended)
+
+    def _recorded_first(self, live: LiveJob, ended: JobRecord) -> bool | None:
+        """Record the end before anybody is told of it; None where the store cannot take it now."""
+        try:
+            ours = self._record_end(live, ended)
+        except _UNWRITABLE:
+            return None
+        self.abandon(live)
+        return ours
 
     def _record_end(self, live: LiveJob, record: JobRecord) -> bool:
         """The blob first, then the record that names it; False where another replica ended the job before."""
