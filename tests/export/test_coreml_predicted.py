@@ -76,6 +76,22 @@ def plan(target: str, orders: tuple[int, ...], metric: str | None, *, tables: bo
     return Plan(replace(plain.recipe, prediction=recipe, splits=splits), kept)
 
 
+def with_hot(made: Plan) -> Plan:
+    """With a hot mask for SPLIT, of row 2: only the first step computed; its rectifier is the normal row's."""
+    settings, mask = made.recipe.prediction, ("full", *["predicted"] * 5)
+    spec = LadderSpec(tuple(settings["orders"]))
+    axis = spec.axis(made.recipe.solver_table, "epsilon")
+    update, candidates = ladder_rows(mask, SPLIT, STEPS, spec, axis)
+    arrays = {
+        name: np.concatenate([each, each[1:]]) if name.startswith(("ladder", "candidates", "rectifier")) else each
+        for name, each in made.tables.arrays().items()
+    }
+    arrays["ladder_update"][2], arrays["candidates"][2] = update, candidates
+    splits = (*made.recipe.splits, SplitMask(SPLIT, mask, "hot"))  # type: ignore[arg-type]
+    prediction = {**settings, "rows": {**settings["rows"], f"{SPLIT} hot": 2}}
+    return Plan(replace(made.recipe, splits=splits, prediction=prediction), Tables(**arrays))
+
+
 def start() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(2)
     return {
@@ -138,6 +154,22 @@ def test_what_was_never_written_is_not_read(tmp_path: Path) -> None:
     row_zero = program({**feeds, "split_row": np.array([0], np.int32)})
     np.testing.assert_array_equal(row_zero["next_latents"], made_ladders["next_latents"])
     np.testing.assert_array_equal(row_zero["next_feature_ladder"], 0.0)
+
+
+def test_the_hot_rows_are_in_the_same_packages_and_checked() -> None:
+    network, made = unet(), with_hot(plan("whole_output", (1,), None))
+    samples = predicted_samples(network, made, start())
+    for cases in samples.values():
+        assert [int(each.inputs["split_row"]) for each in cases] == [1, 1, 1, 2]
+    assert int(samples["step_predicted"][3].inputs["step"]) == 3
+    for role, (module, inputs, outputs) in step_modules(network, made, samples, apple_layout=False).items():
+        for each in samples[role]:
+            feeds = feeds_of(inputs, each)
+            with torch.no_grad():
+                got = module(*(torch.from_numpy(feeds[one.name]) for one in inputs))
+            for name, array in zip(outputs, got, strict=True):
+                expected = np.asarray(each.outputs[name])
+                assert snr_db(expected, array.numpy().reshape(expected.shape)) > 100, (role, name)
 
 
 @pytest.mark.parametrize("apple_layout", [False, True])
