@@ -17,33 +17,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from latentrelay.cloud.activation_memory import ActivationMemory, free_bytes
+from latentrelay.cloud.admission import Admission
+from latentrelay.cloud.batch_steps import BatchSteps
 from latentrelay.cloud.content_cache import ContentCache, content_key
-from latentrelay.cloud.engine import Engine, stacked_embeds
-from latentrelay.cloud.errors import (
-    DeadlinePassedError,
-    DeadlineRefusedError,
-    DrainingError,
-    MemoryRefusedError,
-    QueueFullError,
-    RunCancelled,
-    RunFailedError,
-)
-from latentrelay.cloud.forecast import Size, StepTimes, steps_until_done
-from latentrelay.cloud.network_call import shared_call, where
-from latentrelay.cloud.places import ALONE, Job, Places
+from latentrelay.cloud.engine import Engine
+from latentrelay.cloud.errors import DeadlinePassedError, DrainingError, RunCancelled, RunFailedError
+from latentrelay.cloud.network_call import where
+from latentrelay.cloud.places import Job, Places
 from latentrelay.cloud.requests import RunRequest, wire_version
 from latentrelay.cloud.run_state import Snapshot
 from latentrelay.cloud.text_states import TextStates
 from latentrelay.cloud.ticket import BatchObserver, OnStep, SilentObserver, StepReport, Ticket
-from latentrelay.runtime.errors import LatentRelayError, NonFiniteError
+from latentrelay.runtime.errors import LatentRelayError
 from latentrelay.runtime.handoff import Handoff
 
 __all__ = ["BatchObserver", "Batcher", "Load", "StepReport", "Ticket"]
 
 DEFAULT_STEPS = 25  # of the request that `Load.estimate_ms` is for
-MAX_BATCH = {"cpu": 16, "cuda": 32}
-_MEMORY_SHARE = 0.8  # of what is free, where the caller does not say how much memory there is
 _RESULT_BYTES, _TEXT_BYTES = 32 * 2**20, 128 * 2**20
 _log = logging.getLogger("latentrelay.cloud")
 Outcome = Callable[[], Handoff] | Exception
@@ -79,18 +69,13 @@ class Batcher:
         """max_batch: requests a call (16 on the CPU, 32 elsewhere); memory_mib: for activations (a share of what is
         free); cache: whether text states and results are kept and equal requests in flight share a run."""
         self.engine = engine
-        self.max_batch = max_batch or MAX_BATCH.get(engine.device.type, MAX_BATCH["cuda"])
         self._observer: BatchObserver = observer or SilentObserver()
-        self._budget_bytes = None if memory_mib is None else memory_mib * 2**20
-        self._free_bytes = free_bytes(engine.device)
-        branches = next(iter(engine.schedules.rules.values())).branches
-        self._memory = ActivationMemory(engine.unet, engine.text_length, branches)
-        self._lowered: dict[Size, int] = {}
-        self._texts = TextStates(engine, _TEXT_BYTES if cache else 0, self._observer)
+        self._places = Places()
+        self.admission = Admission(engine, self._places, max_batch, memory_mib)
+        texts = TextStates(engine, _TEXT_BYTES if cache else 0, self._observer)
+        self._steps = BatchSteps(engine, texts, self._stepped, lambda job, error: self._fail([job], _clean(error)))
         self._results: ContentCache[Handoff] | None = ContentCache(_RESULT_BYTES) if cache else None
         self._shared: dict[bytes, Job] = {}
-        self._embeds: dict[Size, tuple[tuple[int, ...], torch.Tensor]] = {}
-        self._places, self._times = Places(), StepTimes()
         self._lock = threading.RLock()
         self._work, self._due = threading.Condition(self._lock), threading.Condition(self._lock)
         self._closing = self._draining = False
@@ -145,7 +130,7 @@ class Batcher:
         key = None if self._results is None else content_key([self.engine.digest, request.content()])
         job = Job(request, self.engine.latent_shape(request)[2:], 0, key)
         try:
-            self._capacity(job)  # a size that was never asked for is looked into before the lock is taken
+            self.admission.capacity(job)  # a new size is looked into before the lock is taken
             found = self._take(job, ticket, left_s)
         except LatentRelayError:
             self._observer.left("refused")
@@ -158,10 +143,11 @@ class Batcher:
         """What is held now, and the measured times."""
         with self._lock:
             waiting, running = len(self._places.waiting), self._places.running
-            median, occupancy = self._times.median_s, self._times.occupancy
+            median, occupancy = self.admission.times.median_s, self.admission.times.occupancy
             height, width = self.engine.default_size
             size = (height // self.engine.downscale, width // self.engine.downscale)
-            estimate = self._estimate_s(size, size, DEFAULT_STEPS // 2, None)
+            usual = RunRequest(prompt="", seed=0, height=height, width=width, num_steps=DEFAULT_STEPS, split=1)
+            estimate = self.admission.estimate_s(Job(usual, size, 0, None), DEFAULT_STEPS // 2)
         return Load(waiting, running, self.engine.limits.queue, _ms(median), occupancy, _ms(estimate))
 
     # Under the lock, from the caller's thread.
@@ -174,7 +160,7 @@ class Batcher:
             kept = self._results.get(job.key) if self._results is not None and job.key is not None else None
             if kept is None:
                 shared = self._shared.get(job.key) if job.key is not None else None
-                self._admit(shared or job, job.request, ticket.deadline, left_s, is_new=shared is None)
+                self.admission.check(shared or job, ticket.deadline, left_s, shared=shared is not None)
                 ticket.job = shared or job
                 ticket.job.tickets.append(ticket)
                 if shared is None:
@@ -189,64 +175,6 @@ class Batcher:
             ticket.ended = True
         self._settle([(ticket, lambda: kept, "cached")])
         return True
-
-    def _admit(self, job: Job, request: RunRequest, deadline: float, left_s: float, *, is_new: bool) -> None:
-        """Raise a RefusedError where there is no room, no memory or no time."""
-        held = len(self._places.waiting) + self._places.running
-        if is_new and held >= self.engine.limits.queue:
-            raise QueueFullError(held, self._free_place_s())
-        if is_new and self._capacity(job) < 1:
-            rows, columns = job.size
-            need, have = self._memory.bytes(1, rows, columns) / 2**20, self._activation_bytes() / 2**20
-            raise MemoryRefusedError(
-                f"a run of {request.height}x{request.width} pixels does not fit the memory",
-                got=f"{have:.0f} MiB for activations",
-                expected=f"{need:.0f} MiB",
-                retry_after_s=30,
-            )
-        steps = job.calls_left(request.splits()[0])
-        seconds = self._estimate_s(job.size, job.group, steps, deadline) if is_new else self._remaining_s(job, steps)
-        if left_s <= 0 or (seconds is not None and seconds > left_s):
-            raise DeadlineRefusedError(
-                "the deadline cannot be met",
-                got=f"{max(0.0, 1000 * left_s):.0f} ms",
-                expected=None if seconds is None else f"about {1000 * seconds:.0f} ms",
-                retry_after_s=self._free_place_s(),
-            )
-
-    def _estimate_s(self, size: Size, group: Size, steps: int, deadline: float | None) -> float | None:
-        """Seconds until a new run of this group has made `steps` calls, or None before anything was measured."""
-        probe = Job(_NOBODY, size, 0, None)
-        places = 1 if group == ALONE else max(1, self._capacity(probe))
-        running = [job.calls_left() for job in self._places.in_group(group)]
-        queue = [job for job in self._places.queue() if job.group == group]
-        before = [job.calls_left() for job in queue if deadline is None or job.rank[0] <= deadline]
-        call_s = self._times.seconds(size, min(places, len(running) + len(before) + 1))
-        if call_s is None:
-            return None
-        turns = len(self._places.groups() | {group})
-        return steps_until_done(running, before, places, steps) * call_s * turns
-
-    def _remaining_s(self, job: Job, steps: int) -> float | None:
-        """Seconds until a run that has a place, or waits, has made `steps` more calls."""
-        if job.state is None:
-            return self._estimate_s(job.size, job.group, steps, job.rank[0])
-        together = len(self._places.in_group(job.group))
-        call_s = self._times.seconds(job.size, max(1, min(together, self._capacity(job))))
-        return None if call_s is None else steps * call_s * len(self._places.groups())
-
-    def _free_place_s(self) -> float:
-        """About when there is room for another: when all that is held is done, at the pace of the last calls."""
-        calls = sum(job.calls_left() for job in self._places)
-        return calls * (self._times.median_s or 1.0) / self.max_batch
-
-    def _capacity(self, job: Job) -> int:
-        """How many runs of this size go into one call."""
-        fits = self._memory.most(self._activation_bytes(), *job.size)
-        return min(self.max_batch, self._lowered.get(job.size, self.max_batch), fits)
-
-    def _activation_bytes(self) -> float:
-        return _MEMORY_SHARE * self._free_bytes if self._budget_bytes is None else self._budget_bytes
 
     def _end(self, ticket: Ticket, outcome: Outcome, reason: str, ended: Ended) -> None:
         """Take a ticket off its run; a run without tickets gives up its place. The first to call it wins."""
@@ -353,107 +281,33 @@ class Batcher:
 
     def _round(self) -> None:
         """Let runs join, and make one call for those whose turn it is."""
-        if self._budget_bytes is None:
-            self._free_bytes = free_bytes(self.engine.device)
         with self._lock:
-            joined = self._places.fill(lambda job: max(1, self._capacity(job)))
-        self._begin(joined)
+            self.admission.look_again()
+            joined = self._places.fill(self.admission.places)
+            waits = [time.monotonic() - ticket.submitted for job in joined for ticket in job.tickets]
+        for wait_s in waits:
+            self._observer.joined(wait_s)
+        for job in self._steps.begin(joined):
+            self._finish(job)
         with self._lock:
-            jobs = self._places.turn(self._capacity)
+            jobs = self._places.turn(self.admission.places)
+            self._steps.forget(self._places.groups())
         if jobs:
-            started = time.perf_counter()
             self._step(jobs)
-            with self._lock:
-                self._places.charge(jobs[0].group, time.perf_counter() - started)
-
-    def _begin(self, jobs: list[Job]) -> None:
-        """Noise and text states for those that got a place. One that fails ends alone."""
-        begun = []
-        for job in jobs:
-            for ticket in job.tickets:
-                self._observer.joined(time.monotonic() - ticket.submitted)
-            try:
-                job.state = self.engine.begin(job.request)
-            except Exception as error:
-                self._fail([job], _clean(error))
-                continue
-            if job.state.done:
-                self._finish(job)
-            else:
-                begun.append(job)
-        states = [job.state for job in begun if job.state is not None]
-        for job, failure in zip(begun, self._texts.fill(states), strict=True):
-            if failure is not None:
-                self._fail([job], _clean(failure))
 
     def _step(self, jobs: list[Job]) -> None:
-        """One step of every run: steps that the step cache skips at once, the others by one shared call."""
-        calling = []
-        for job in jobs:
-            if self._skipped(job):
-                calling.append(job)
-        states = [job.state for job in calling if job.state is not None]
-        if not states:
-            return
-        started = time.perf_counter()
-        outcomes, fitted = shared_call(self.engine, states, self._stacked(calling))
-        moved = []
-        for job, state, outcome in zip(calling, states, outcomes, strict=True):
-            if isinstance(outcome, Exception):
-                self._fail([job], outcome)
-                continue
-            try:
-                state.advance(outcome)
-                moved.append(job)
-            except Exception as error:
-                self._fail([job], _clean(error))
-        good = self._finite(moved)
-        seconds = time.perf_counter() - started
+        group, places, started = jobs[0].group, self.admission.places(jobs[0]), time.perf_counter()
+        call = self._steps.step(jobs)
         with self._lock:
-            size, group = calling[0].size, calling[0].group
-            if fitted < len(calling):
-                self._lowered[size] = fitted
-            capacity = 1 if group == ALONE else max(1, self._capacity(calling[0]))
-            self._times.record(size, len(calling), seconds, max(capacity, len(calling)))
-        self._observer.step(len(calling), max(capacity, len(calling)), seconds)
-        for job in good:
-            self._stepped(job)
-
-    def _skipped(self, job: Job) -> bool:
-        """Make the steps that do without the network; whether the run then wants it."""
-        while job.state is not None and job.tickets and not job.state.done:
-            if job.state.needs_network:
-                return True
-            try:
-                job.state.advance(job.state.held(), computed=False)
-            except Exception as error:
-                self._fail([job], _clean(error))
-                return False
-            if self._finite([job]):
-                self._stepped(job)
-        return False
-
-    def _stacked(self, jobs: list[Job]) -> torch.Tensor:
-        """The text states of a call, kept for as long as the same runs make it."""
-        who, group = tuple(job.order for job in jobs), jobs[0].group
-        kept = self._embeds.get(group)
-        if kept is None or kept[0] != who:
-            with self._lock:
-                groups = self._places.groups()
-            self._embeds = {each: held for each, held in self._embeds.items() if each in groups}
-            kept = self._embeds[group] = (who, stacked_embeds([job.state for job in jobs if job.state is not None]))
-        return kept[1]
-
-    def _finite(self, jobs: list[Job]) -> list[Job]:
-        """Those whose latents are numbers; the others end. On an accelerator this is where its work is waited for."""
-        states = [job.state for job in jobs if job.state is not None]
-        if not states:
-            return []
-        counts = (~torch.isfinite(torch.cat([each.latents for each in states]))).flatten(1).sum(1).tolist()
-        for job, state, bad in zip(jobs, states, counts, strict=True):
-            if bad:
-                self._fail([job], NonFiniteError("the cloud's U-Net", step=state.step - 1, count=int(bad)))
-        return [job for job, bad in zip(jobs, counts, strict=True) if not bad]
+            self._places.charge(group, time.perf_counter() - started)
+        if call is None:
+            return
+        places = max(places, call.requests)
+        self._observer.step(call.requests, places, call.seconds)
+        with self._lock:
+            if call.fitted < call.requests:
+                self.admission.lower(call.size, call.fitted)
+            self.admission.times.record(call.size, call.requests, call.seconds, places)
 
     def _stepped(self, job: Job) -> None:
         """After a step: tell, keep what may be handed over, hand over what is done or will not get further in time."""
@@ -469,9 +323,9 @@ class Batcher:
         if job.reached is None:
             return
         ended: Ended = []
-        following = next(each for each in job.request.splits() if each > job.reached.step)
+        following = next(each for each in job.request.splits() if each > state.step)
         with self._lock:
-            seconds = self._remaining_s(job, job.calls_left(following))
+            seconds = self.admission.remaining_s(job, job.calls_left(following))
             for ticket in list(job.tickets):
                 if seconds is not None and time.monotonic() + seconds > ticket.deadline:
                     self._end(ticket, self._made(job, job.reached), "early", ended)

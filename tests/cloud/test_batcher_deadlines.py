@@ -20,7 +20,7 @@ def slow(batcher: Any, seconds: float) -> None:
     """Let the batcher have measured calls of so many seconds, for one request and for many."""
     for requests in (1, 2, 16):
         for _ in range(9):
-            batcher._times.record(SIZE, requests, seconds, 16)
+            batcher.admission.times.record(SIZE, requests, seconds, 16)
 
 
 def rest_of(engine: Engine, handoff: Any, request: Any) -> np.ndarray[Any, Any]:

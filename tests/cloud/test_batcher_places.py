@@ -128,7 +128,7 @@ def test_what_the_engine_cannot_run_is_refused_at_once(engine: Engine, batching:
 
 def test_memory_limits_the_batch_and_refuses_what_never_fits(gated: Any, batching: Any, wanted: Any) -> None:
     engine, gate = gated
-    one_mib = batching(engine, started=False)._memory.bytes(1, 8, 8) / 2**20
+    one_mib = batching(engine, started=False).admission.memory.bytes(1, 8, 8) / 2**20
     batcher = batching(engine, started=False, memory_mib=3.5 * one_mib)
     tickets = [batcher.submit(wanted(seed=seed)) for seed in range(7)]
     with pytest.raises(MemoryRefusedError, match="64x64 pixels does not fit the memory") as caught:
