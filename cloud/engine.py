@@ -216,7 +216,7 @@ class Engine:
         sampler = self.check(request)
         scheduler = self.schedules.fork(sampler, request.num_steps)
         generator = torch.Generator("cpu").manual_seed(request.seed)
-        noise = torch.randn(self.latent_shape(request), generator=generator).to(self.device, self.unet.dtype)
+        noise = torch.randn(self.latent_shape(request), generator=generator).to(self.device, self._dtype)
         cache = self._cache if request.step_cache and self._cache else None
         fitting = cache if cache and cache.fits(sampler, request.num_steps) else None
         return RunState(request, sampler, self.schedules.rules[sampler], scheduler, noise, generator, fitting)
@@ -245,7 +245,7 @@ class Engine:
         masked = getattr(encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(encoder.device) if masked else None
         states: torch.Tensor = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
-        return states.to(self.unet.dtype)
+        return states.to(self._dtype)
 
     def predict(self, states: Sequence[RunState], embeds: torch.Tensor | None = None) -> torch.Tensor:
         """(R, C, h, w): the guided noise predictions of R states of one latent size, from one call of the network.
