@@ -63,6 +63,7 @@ class Engine:
         self.digest = model_digest(pipeline)
         self.schedules = Schedules(pipeline.scheduler)
         self.default_sampler = self.schedules.default
+        self._dtype: torch.dtype = pipeline.unet.dtype
         self.prediction_type = self.schedules.prediction_type
         self.compiled = compiled
         self._pipeline = pipeline
