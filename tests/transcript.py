@@ -1,8 +1,8 @@
 """The golden transcript: how tests/golden/transcript-1/ was recorded, and how the server's side is recorded again.
 
-`record(url, token)` has a whole conversation with a running service over a bare socket and returns its exchanges, bytes
-as they crossed; `record_loops(bundle)` runs a bundle and keeps every graph call. `python tests/transcript.py FOLDER URL`
-writes a new set; a set that is there is never written again.
+`record(url)` has a whole conversation with a running service over a bare socket and returns its exchanges, bytes as
+they crossed; `record_loops(bundle, folder)` runs a bundle and keeps every graph call. A new set is written by
+`python tests/transcript.py FOLDER URL`; one that is there is never written again.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def record(url: str) -> list[Exchanged]:
     made: list[Exchanged] = []
 
     def say(name: str, method: str, path: str, accept: str, body: bytes = b"", **headers: str) -> Exchanged:
-        request = request_bytes(method, path, accept, {key.replace("_", "-"): val for key, val in headers.items()}, body)
+        request = request_bytes(
+            method, path, accept, {key.replace("_", "-"): val for key, val in headers.items()}, body
+        )
         made.append(Exchanged(name, request, asked(url, request)))
         return made[-1]
 
@@ -118,7 +120,15 @@ def record(url: str) -> list[Exchanged]:
     other = body.replace(b'"seed":7', b'"seed":8')
     say("post-another-body", "POST", "/v1/handoffs", MEDIA_TYPE, other, Prefer="wait=10", Idempotency_Key=KEY)
     wrong = body.replace(served["model"]["digest"].encode(), b"sha256:" + b"0" * 64)
-    say("post-another-model", "POST", "/v1/handoffs", MEDIA_TYPE, wrong, Prefer="wait=10", Idempotency_Key="golden-key-2")
+    say(
+        "post-another-model",
+        "POST",
+        "/v1/handoffs",
+        MEDIA_TYPE,
+        wrong,
+        Prefer="wait=10",
+        Idempotency_Key="golden-key-2",
+    )
     say("not-modified", "GET", path, MEDIA_TYPE, If_None_Match=etag)
     say("beyond", "GET", path, MEDIA_TYPE, Range="bytes=1000000-", If_Range=etag)
     say("delete", "DELETE", path, "application/json")
