@@ -308,8 +308,9 @@ class LiveJobs:
             now = self._ledger.read(record.id)
             if now is None:  # the store was wiped; the client may still ask
                 written = Entry.of(record) if self._ledger.create(Entry.of(record)) else None
-            elif now.record.open:  # another replica took us for dead; the result is the same
+            elif now.record.open:  # another replica took us for dead, and may stop now
                 written = self._ledger.swap(now, record)
+                self._ledger.ask_to_cancel(record.id)
             else:
                 return False
         if record.state == "done" and record.content is not None and record.next_step == record.split:
