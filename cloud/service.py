@@ -162,7 +162,7 @@ class Service:
         document = self.engine.capabilities()
         return document | {
             "queue": {"waiting": load.waiting, "running": load.running, "limit": load.limit},
-            "max_batch": self.batcher.max_batch,
+            "max_batch": self.batcher.admission.max_batch,
             "step_ms": load.step_ms,
             "estimate_ms": load.estimate_ms,
             "features": list(FEATURES),
