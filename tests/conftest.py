@@ -1,8 +1,8 @@
 """Fixtures shared by the folders, and the named list of third-party warnings that are not ours to fix.
 
-`tiny` is tests/tiny_pipeline.py as a module, `uninterrupted` tests/uninterrupted.py, `handoff_mutations`
-tests/handoff_mutations.py; `tiny_bundle` is one fp32 bundle
-exported once for the whole session; `serve_cloud(pipeline)` is a real server on a loopback port.
+`tiny` is tests/tiny_pipeline.py as a module; so are `uninterrupted`, `handoff_mutations` and `hostile_target`.
+`tiny_bundle` is one fp32 bundle exported once for the whole session; `serve_cloud(pipeline)` is a real server on a
+loopback port.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,6 +60,12 @@ def uninterrupted() -> Any:
 def handoff_mutations() -> Any:
     """The module that makes hostile blobs: `cases(seeds, count, seed)`, `examined(blob)`, `apart`, `together`."""
     return load_beside("handoff_mutations")
+
+
+@pytest.fixture(scope="session")
+def hostile_target() -> Any:
+    """The module with `Target(model_folder, folder)`: a real server process and bare sockets to it."""
+    return load_beside("hostile_target")
 
 
 @pytest.fixture(scope="session")
@@ -114,6 +120,23 @@ def tiny_cloud(tiny_pipeline: Any) -> Iterator[str]:
     """The address of a server that runs `tiny_pipeline` for the whole session."""
     with _served(tiny_pipeline) as url:
         yield url
+
+
+@pytest.fixture
+def scripted() -> Iterator[Any]:
+    """tests/scripted_cloud.py as a module; `scripted.ScriptedCloud(...)` made here stop with the test."""
+    module = load_beside("scripted_cloud")
+    made: list[Any] = []
+
+    class Kept(module.ScriptedCloud):  # type: ignore[misc, name-defined]
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            made.append(self)
+
+    names = {name: getattr(module, name) for name in ("Cut", "Raw", "Refuse", "Hang")}
+    yield SimpleNamespace(ScriptedCloud=Kept, **names)
+    for each in made:
+        each.stop()
 
 
 @pytest.fixture
