@@ -204,9 +204,9 @@ class JobBoard:
                 return self.status(id, owner)
 
     def open_jobs(self, owner: str) -> int:
-        """How many jobs of an owner are not ended: here now, and in other replicas as last seen."""
+        """How many jobs of an owner are not ended: of this replica all, of others those seen at the last sweep."""
         here = sum(live.record.owner == owner and live.ended is None for live in self._live.all())
-        return here + (0 if self._recovery is None else self._recovery.elsewhere[owner])
+        return here + (0 if self._recovery is None else self._recovery.open_elsewhere(owner))
 
     def _known(self, id: str, until: float) -> JobRecord | None:
         """The job's record, once it is sure that it was taken on; None where there is none, or it was refused."""

@@ -59,7 +59,7 @@ class Recovery:
         self._damaged: set[str] = set()
         self._refusals: Counter[str] = Counter()
         self._retry_at = self._sweep_at = 0.0
-        self.elsewhere: Counter[str] = Counter()
+        self._elsewhere: dict[str, str] = {}
         self._left = 0
         self.behind = 0
         self.adopting = True
@@ -95,6 +95,12 @@ class Recovery:
         self._collect_blobs()
         self._ledger.store.tidy()
 
+    def open_elsewhere(self, owner: str) -> int:
+        """How many of the jobs that other replicas ran at the last sweep are still open."""
+        ids = [id for id, whose in self._elsewhere.items() if whose == owner and self._live.get(id) is None]
+        entries = [self._ledger.read(id) for id in ids]
+        return sum(entry is not None and entry.record.open for entry in entries)
+
     def _watch(self) -> None:
         """Wake those who wait for a job that runs in another replica, when its record or its progress has changed."""
         waited = [id for id in self._bell.waited_for() if self._live.get(id) is None]
@@ -118,7 +124,8 @@ class Recovery:
         """Read every record that is not known to be ended and not due; the open ones whose runner is dead."""
         now = time.monotonic()
         known, self._ended = self._ended, {}
-        self.elsewhere, orphans = Counter(), []
+        elsewhere: dict[str, str] = {}
+        orphans = []
         for id in ids:
             seen = known.get(id)
             if seen is not None and self._due(seen, now) is None:
@@ -138,9 +145,10 @@ class Recovery:
                 self._age(entry, seen.first_seen_s if seen is not None else now, now)
             elif self._live.get(id) is None:
                 if record.runner != self._me.owner and self._ledger.store.alive(record.runner):
-                    self.elsewhere[record.owner] += 1
+                    elsewhere[id] = record.owner
                 else:
                     orphans.append(entry)
+        self._elsewhere = elsewhere
         return orphans
 
     def _due(self, seen: _Ended, now: float) -> str | None:
