@@ -170,7 +170,7 @@ class BundleJob:
 
     @cached_property
     def _predicting(self) -> PredictionPass:
-        return PredictionPass(self._calibrated, self.prediction, self.stages, self.scheduler)
+        return PredictionPass(self._calibrated, self.prediction, self.stages, self.scheduler, self.vae)
 
     @property
     def _preview(self) -> PreviewPass:

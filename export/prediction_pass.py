@@ -16,13 +16,16 @@ from typing import Any, Literal
 from latentrelay.compress.plan import Plan
 from latentrelay.compress.plan_prediction import with_masks
 from latentrelay.compress.predicted_chain import StagedDenoiser
+from latentrelay.compress.prediction import TARGETS as ALL
 from latentrelay.compress.prediction import Target
 from latentrelay.compress.prediction_gate import StepCosts, plan_prediction
 from latentrelay.device_profiles import DeviceProfile
+from latentrelay.device_profiles.preflight import LadderDtype
 from latentrelay.export.bundle_folder import write_json
 from latentrelay.export.bundle_manifest import backend_spec
 from latentrelay.export.calibrated_runs import CalibratedRuns, plan_digest
 from latentrelay.export.compensation_file import TableCorrection
+from latentrelay.export.ladder_memory import fitting_dtype, widest_ladders
 from latentrelay.export.precision_pass import Refined
 from latentrelay.export.prediction_file import load_prediction, save_prediction
 from latentrelay.export.staged_onnx import StagedOnnx
@@ -88,12 +91,14 @@ class PredictionAsk:
 
 @dataclass(frozen=True)
 class PredictionPass:
-    """One build's. `ask` None predicts nothing; `scheduler`: the sampler's in diffusers, for adjusted grids."""
+    """One build's. `ask` None predicts nothing; `scheduler`: the sampler's in diffusers, for adjusted grids; `vae`: the
+    one whose decoder ships, which the device's memory holds too (the source's if not given)."""
 
     calibrated: CalibratedRuns
     ask: PredictionAsk | None
     stages: StageStore
     scheduler: Any = None
+    vae: Any = None
 
     def add(self, refined: Refined) -> Refined:
         """`refined` with predicted steps in its plan, or as it was where none was asked for or none held up. A Core ML
@@ -136,6 +141,7 @@ class PredictionPass:
 
         stage = self.stages.made("step_costs", "timing computed and predicted steps", network, timed)
         costs = StepCosts(**read_json(stage, _COSTS))
+        dtype = self._ladder_dtype(unet, ask, probed)
 
         def write(folder: Path) -> None:
             runs, others = calibrated.runs(held_out=False), calibrated.runs(held_out=True)
@@ -153,13 +159,14 @@ class PredictionPass:
                 targets=_targets(ask.target, probed),
                 probe=PROBE if probed else None,
                 scheduler=self.scheduler,
+                ladder_dtype=dtype,
                 progress=self.stages.progress,
                 hot_speedup=ask.hot_speedup,
             )
             save_prediction(folder, outcome)
 
         inputs = {**network, "ask": ask.key(), "costs": dataclasses.asdict(costs)}
-        inputs |= calibrated.key(fit, held_out)
+        inputs |= calibrated.key(fit, held_out) | ({} if dtype == "float32" else {"ladder_dtype": dtype})
         found = load_prediction(self.stages.made("prediction", "planning predicted steps", inputs, write))
         recipe = dataclasses.replace(
             plan.recipe,
@@ -169,6 +176,16 @@ class PredictionPass:
         )
         both = dataclasses.replace(plan.tables, **found.tables)
         return dataclasses.replace(plan, recipe=recipe, tables=both), found.report
+
+    def _ladder_dtype(self, unet: Path, ask: PredictionAsk, probed: bool) -> LadderDtype:
+        """float16 where the device's memory asks for it; a package's ladders are float32."""
+        if not probed:
+            return "float32"
+        calibrated, pipeline = self.calibrated, self.calibrated.source.pipeline
+        shapes = widest_ladders(unet / _GRAPH, _targets(ask.target, probed) or ALL, PROBE, calibrated.latent)
+        rows, columns = calibrated.latent[1:]
+        vae = pipeline.vae if self.vae is None else self.vae
+        return fitting_dtype(pipeline, vae, calibrated.profile, calibrated.precision, shapes, rows, columns)
 
     @property
     def _spec(self) -> BackendSpec:

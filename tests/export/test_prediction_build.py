@@ -12,6 +12,7 @@ from latentrelay.compress.denoising_chain import Start
 from latentrelay.compress.plan import Plan
 from latentrelay.compress.predicted_chain import WholeOutput, predicted_chain
 from latentrelay.compress.prediction import Prediction
+from latentrelay.device_profiles import load_profile
 from latentrelay.export import ExportResult, export
 from latentrelay.export.calibration import Calibration
 from latentrelay.export.compensation_file import TableCorrection
@@ -192,6 +193,21 @@ def test_the_deep_feature_ships_its_shallow_path(wide: Any, work: Path) -> None:
         assert session.selftest().ok
         first, second = (generate(session, "the cat", seed=3).pixels for _ in range(2))
     np.testing.assert_array_equal(first, second)
+
+
+def test_ladders_are_float16_where_the_devices_memory_would_be_passed(wide: Any, work: Path) -> None:
+    plenty = load_profile("x86-laptop-vnni")
+    short = plenty.model_copy(update={"memory": plenty.memory.model_copy(update={"application_ceiling_mib": 8})})
+    ask = PredictionAsk(1.6, "whole_output", (0,))
+    settings: dict[str, Any] = {"num_steps": STEPS, "calibration": CALIBRATION, "prediction": ask}
+    done = export(wide, short, work / "short", work=work / "work", **settings)
+    spec = Bundle.open(done.bundle).manifest.prediction
+    assert spec is not None
+    assert spec.ladder_dtype == Plan.load(done.bundle).recipe.prediction["ladder_dtype"] == "float16"
+    assert done.parity_db["predicted_run"] > 50
+    with Session(Bundle.open(done.bundle), threads=1) as session:
+        assert session.selftest().ok
+        assert generate(session, "the cat", seed=3).predicted_steps > 0
 
 
 @pytest.mark.parametrize(
