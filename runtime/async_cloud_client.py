@@ -93,7 +93,7 @@ class AsyncCloudClient:
             deadline_s,
             on_progress=on_progress,
             on_preview=on_preview,
-            cancellable=True,
+            cancellable=cancel is not None,
             **({} if idempotency_key is None else {"key": idempotency_key}),
             **({} if traceparent is None else {"traceparent": traceparent}),
         )
