@@ -62,7 +62,8 @@ class JobOptions:
     soon a board sees what other replicas did. max_attempts: how often a job is begun. cache: identical requests of one
     owner share results. deadline_s: of requests that name none. progress_s: the least time between two notes of a job's
     progress for other replicas. grace_s: how long a blob that no record names is left alone. record_first: a result is
-    written before anybody is told of it, so that every replica says the same; else it is served from memory first."""
+    written before anybody is told of it, so that every replica says the same; without it only while other replicas are
+    seen, else it is served from memory first."""
 
     ttl_s: float = 600.0
     tombstone_s: float = 86_400.0

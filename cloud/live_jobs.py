@@ -86,6 +86,7 @@ class LiveJobs:
             for each in range(_WRITERS)
         ]
         self._leaving = False
+        self.accompanied = False  # whether other replicas serve the same store: then ends are recorded first
 
     def start(self) -> None:
         """Start the threads that write."""
@@ -282,7 +283,7 @@ class LiveJobs:
                 next_step=handoff.meta.next_step,
                 cloud_ms=round(1000 * live.entry.record.accepted.elapsed_s(), 1),
             )
-            ours = self._recorded_first(live, ended) if self._options.record_first else None
+            ours = self._recorded_first(live, ended) if self._options.record_first or self.accompanied else None
             live.ended = ended
         if ours is None:
             self._bell.ring(live.entry.record.id)

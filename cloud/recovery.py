@@ -75,7 +75,9 @@ class Recovery:
             self._retry_at = now + _RETRY_S
             self._live.write_pending()
             self._live.resubmit()
-        dead = [each for each in self._ledger.store.owners() if not self._ledger.store.alive(each)]
+        owners = self._ledger.store.owners()
+        dead = [each for each in owners if not self._ledger.store.alive(each)]
+        self._live.accompanied = len(owners) - len(dead) > 1
         if now >= self._sweep_at or (again if self._left else dead):
             self.sweep(dead)
 
