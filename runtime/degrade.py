@@ -80,7 +80,7 @@ def smaller_splits(manifest: Manifest, split: int) -> tuple[int, ...]:
     of a bundle that predicts none every one (MAX_SPLITS at most, evenly spread); without 0, which needs no cloud.
     Descending."""
     masks = manifest.prediction.masks if manifest.prediction is not None else ()
-    choice = {mask.split for mask in masks} if masks else range(split)
+    choice = {mask.split for mask in masks if mask.level == "normal"} if masks else range(split)
     found = sorted((each for each in choice if 0 < each < split), reverse=True)
     return tuple(found[:: 1 + (len(found) - 1) // MAX_SPLITS] if found else ())
 
@@ -107,7 +107,7 @@ def affordable_split(cloud: Capabilities, splits: Sequence[int], num_steps: int,
 
 def without_cloud(error: CloudUnavailableError) -> Degradation:
     """All steps run here, because the cloud did not hand over."""
-    return Degradation(ON_DEVICE, f"cloud-{error.kind}", str(error))
+    return Degradation(ON_DEVICE, f"cloud-{error.kind}", f"All steps ran here: {error}".rstrip(".") + ".")
 
 
 def lowered(asked: int, got: int) -> Degradation:

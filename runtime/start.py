@@ -60,7 +60,8 @@ def default_split(manifest: Manifest) -> int:
     """Half the run; of a bundle that predicts steps from some splits on, the one of them that is nearest to it."""
     half = manifest.schedule.num_steps // 2
     masks = manifest.prediction.masks if manifest.prediction is not None else ()
-    return min((mask.split for mask in masks if mask.split > 0), key=lambda split: abs(split - half), default=half)
+    found = (mask.split for mask in masks if mask.split > 0 and mask.level == "normal")
+    return min(found, key=lambda split: abs(split - half), default=half)
 
 
 def from_noise(session: Session, wish: Wish, path_taken: str = "device") -> Start:
@@ -137,7 +138,8 @@ def _asked(session: Session, wish: Wish, client: CloudClient, split: int) -> Sta
             cancel=wish.cancel,
         )
     except CloudUnavailableError as error:
-        memory.failed(error.retry_after_s)
+        if error.kind != "slow":  # that is about this deadline
+            memory.failed(error.retry_after_s)
         raise
     memory.worked()
     reached = handoff.meta.next_step
