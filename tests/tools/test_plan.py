@@ -1,4 +1,4 @@
-"""A plan from one end to the other: rows by hand, bundles, the cloud asked, and what is printed, written and refused."""
+"""A plan from end to end: rows by hand, bundles, a cloud that is asked; what is printed, written and refused."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def one(found: list[Row], split: int, *, precision: str = "fp32", predicted: boo
 def test_a_rows_latency_is_the_sum_of_its_parts_with_the_overlap_once(evidence: Evidence) -> None:
     row = one(released(evidence), 8)
     parts, times = row.parts, row.option.times
-    assert parts["cloud_steps"] == 160.0 and parts["cloud_queue"] == 0.0
+    assert parts["cloud_steps"] == 160.0
+    assert parts["cloud_queue"] == 0.0
     assert parts["transfer"] == pytest.approx(NETWORKS["4g"].transfer_ms(row.up_bytes, row.down_bytes))
     assert parts["device_steps"] == pytest.approx(17 * times.step_ms)
     away = parts["cloud_steps"] + parts["transfer"]
@@ -96,7 +97,8 @@ def test_predicted_steps_take_their_share_of_a_computed_one(evidence: Evidence) 
     found = released(evidence)
     row, times = one(found, 8, predicted=True), one(found, 8, predicted=True).option.times
     assert (row.mask.computed, row.mask.predicted, row.mask.label) == (4, 13, "4 of 17 computed")
-    assert times.predicted_ms is not None and times.predicted_ms < 0.05 * times.step_ms
+    assert times.predicted_ms is not None
+    assert times.predicted_ms < 0.05 * times.step_ms
     assert row.parts["device_steps"] == pytest.approx(4 * times.step_ms + 13 * times.predicted_ms)
 
 
@@ -112,7 +114,8 @@ def test_a_student_timed_on_the_known_machine_is_scaled_by_both_machines_figures
         if (row["student"], row["split"]) == (option.student, 0)
     ]
     assert option.times.step_ms == pytest.approx(1e3 * min(swept) * 10_400 / EPYC_CALL_MS)
-    assert option.times.label == "estimate" and "10400 ms" in option.times.source
+    assert option.times.label == "estimate"
+    assert "10400 ms" in option.times.source
 
 
 def test_bytes_follow_the_wire_format() -> None:
@@ -148,16 +151,19 @@ def test_energy_is_left_out_unless_the_devices_power_is_known(evidence: Evidence
 
 def test_json_holds_the_frontier_and_the_choice(planned: Planned) -> None:
     status, document = planned("raspberry-pi-5", ["4g", "wifi"], price="2.5", max_latency_s=2.0, cloud_step_ms=12.0)
-    assert status == 0 and document["ok"]
+    assert status == 0
+    assert document["ok"]
     chosen, front = document["chosen"], document["frontier"]
-    assert chosen["latency_ms"] <= 2000 and chosen["network"] == "4g"
+    assert chosen["latency_ms"] <= 2000
+    assert chosen["network"] == "4g"
     assert {row["network"] for row in front} == {"4g", "wifi"} == set(document["by_network"])
     met = [row for row in document["rows"] if row["meets_goals"] and row["network"] == "4g"]
     losses = [row["quality"]["loss"] for row in met if row["quality"]["loss"] is not None]
     assert chosen["quality"]["loss"] == min(losses)
     assert all(row["quality"]["accuracy_difference"] is not None for row in front)
     hidden = [row for row in document["rows"] if row["quality"]["accuracy_difference"] is None]
-    assert hidden and not any(row["on_frontier"] for row in hidden)
+    assert hidden
+    assert not any(row["on_frontier"] for row in hidden)
     assert "device_energy_j" not in chosen
     assert chosen["commands"][0].startswith("latentrelay build --device raspberry-pi-5 --student phone-mid")
 
@@ -176,22 +182,27 @@ def test_the_plan_is_printed_and_plotted(tmp_path: Path, capsys: pytest.CaptureF
     status = plan.run("galaxy-s24", ["4g", "offline"], max_latency_s=1.0, cloud_step_ms=20.0, output=path)
     out = capsys.readouterr().out
     assert status == 0
-    assert "Chosen: phone-mid" in out and "galaxy-s24 on offline" in out and "rows have no measured accuracy" in out
+    assert "Chosen: phone-mid" in out
+    assert "galaxy-s24 on offline" in out
+    assert "rows have no measured accuracy" in out
     picture = Image.open(io.BytesIO(path.read_bytes()))
-    assert picture.format == "PNG" and min(picture.size) > 400
+    assert picture.format == "PNG"
+    assert min(picture.size) > 400
     assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 50  # drawn, not blank
 
 
 def test_a_bundle_is_timed_here_and_has_no_quality_that_nobody_measured(tiny_bundle: Path, planned: Planned) -> None:
     status, document = planned("pixel-8", ["wifi"], bundles=[tiny_bundle], here=True, cloud_step_ms=1e5)
-    assert status == 3 and "none was measured" in document["reason"]
+    assert status == 3
+    assert "none was measured" in document["reason"]
     assert {row["device_label"] for row in document["rows"]} == {"measured"}
     assert {row["quality"]["label"] for row in document["rows"]} == {"not measured"}
     assert document["frontier"] == []
     status, document = planned(
         "pixel-8", ["wifi"], bundles=[tiny_bundle], here=True, cloud_step_ms=1e5, unmeasured=True
     )
-    assert status == 0 and document["chosen"]["quality"]["loss"] is None
+    assert status == 0
+    assert document["chosen"]["quality"]["loss"] is None
     assert document["chosen"]["commands"] == [f"latentrelay generate --bundle {tiny_bundle} --split 0 -p PROMPT"]
 
 
@@ -230,7 +241,8 @@ def test_a_cloud_is_asked_and_another_model_refused(
     status, document = planned(
         "pixel-8", ["lan"], bundles=[tiny_bundle], cloud=tiny_cloud, unmeasured=True, price="0.1/step"
     )
-    assert status == 0 and document["cloud"]["url"] == tiny_cloud
+    assert status == 0
+    assert document["cloud"]["url"] == tiny_cloud
     assert tiny_cloud in document["cloud"]["source"]
     with pytest.raises(OtherModelError, match="another model"):
         plan.run("pixel-8", ["lan"], cloud=tiny_cloud)

@@ -118,7 +118,8 @@ def test_all_steps_in_the_cloud_ask_the_decoder_alone(evidence: Evidence) -> Non
 
 def test_other_kernels_are_named(evidence: Evidence) -> None:
     found = evidence.quality(replace(PLAIN, precision="w8a8", kernels="onnxruntime-arm"))
-    assert "onnxruntime-x64" in found.source and "onnxruntime-arm" in found.source
+    assert "onnxruntime-x64" in found.source
+    assert "onnxruntime-arm" in found.source
     assert "kernels" not in evidence.quality(replace(PLAIN, precision="w8a8", kernels="onnxruntime-x64")).source
 
 

@@ -12,7 +12,8 @@ SLOW = Network("slow", 100.0, 1.0, 1.0, "given", "a test")
 def test_every_network_says_where_its_figures_come_from() -> None:
     assert list(NETWORKS) == ["offline", "3g", "4g", "5g", "wifi", "lan"]
     for network in NETWORKS.values():
-        assert network.label in ("published", "estimate", "given") and network.source
+        assert network.label in ("published", "estimate", "given")
+        assert network.source
         assert network.connected == (network.name != "offline")
 
 
