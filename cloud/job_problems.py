@@ -17,7 +17,8 @@ def problem_of(error: BaseException) -> dict[str, Any]:
     if isinstance(error, RefusedError):
         return ProblemError(503, error.kind, str(error)).document()
     if isinstance(error, NonFiniteError):
-        return ProblemError(500, "run-failed", "The output held NaN or Inf; ask for dtype float32.").document()
+        where = error.stage if error.step is None else f"{error.stage}, step {error.step}"
+        return ProblemError(500, "run-failed", f"Values that are not finite came out of {where}.").document()
     return ProblemError(500, "run-failed", "The run failed.").document()
 
 

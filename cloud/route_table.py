@@ -52,9 +52,10 @@ EVERYWHERE: dict[int, tuple[str, ...]] = {
 _CALLER = {401: ("unauthorised",)}
 _JOB = {404: ("unknown-handoff",), 503: ("store-unavailable", "starting")}
 _ENDED = {
+    409: ("request-unreadable",),
     410: ("cancelled", "expired", "deleted", "result-lost"),
     500: ("run-failed",),
-    503: ("draining", "store-unavailable", "starting"),
+    503: ("draining", "run-interrupted", "store-unavailable", "starting"),
     504: ("deadline-passed",),
 }
 _BLOB = ("ETag", "Repr-Digest", "Accept-Ranges", "Latentrelay-Cloud-Ms", "Preference-Applied")
@@ -80,7 +81,7 @@ OPERATIONS: tuple[Operation, ...] = (
             400: ("malformed-json", "incomplete-body", "bad-idempotency-key"),
             406: ("wire-version",),
             408: ("body-timeout",),
-            409: ("handoff-mismatch",),
+            409: ("handoff-mismatch", "request-unreadable"),
             410: _ENDED[410],
             413: ("body-too-large",),
             415: ("unsupported-media-type",),

@@ -36,7 +36,7 @@ class ServiceRoutes:
 
     async def capabilities(self, request: Request) -> Response:
         """What is served, its limits, and the load now."""
-        return JSONResponse(self._service.capabilities(), headers=_FRESH)
+        return JSONResponse(await asyncio.to_thread(self._service.capabilities), headers=_FRESH)
 
     async def openapi(self, request: Request) -> Response:
         """The OpenAPI document of this very table of routes."""
@@ -46,4 +46,4 @@ class ServiceRoutes:
         """The metrics."""
         request.state.quiet = True
         headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8", **_FRESH}
-        return Response(self._service.metrics_text(), headers=headers)
+        return Response(await asyncio.to_thread(self._service.metrics_text), headers=headers)
