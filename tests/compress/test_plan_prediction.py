@@ -65,6 +65,7 @@ def hot_plan(mask: Any = ("full", "predicted", "predicted"), level: Any = "hot",
     """With a second mask for the split, which reads row 2."""
     plan = predicted_plan()
     arrays = {name: np.concatenate([each, each[1:]]) for name, each in plan.tables.arrays().items() if each.ndim > 1}
+    arrays["candidates"][2] *= 0.5
     rows = {"rows": {str(SPLIT): 1, f"{SPLIT} hot": 2}, **settings}
     recipe = dataclasses.replace(
         plan.recipe,
@@ -83,6 +84,7 @@ def test_a_hot_mask_has_a_row_of_its_own(tmp_path: Path) -> None:
     assert hot is not None
     assert (normal.level, normal.mask) == ("normal", ("full", "predicted", "full"))
     assert (hot.level, hot.mask) == ("hot", ("full", "predicted", "predicted"))
+    assert (normal.candidates.max(), hot.candidates.max()) == (1.0, 0.5)
     assert Prediction.of_plan(again, 0, "hot") is None
 
 
