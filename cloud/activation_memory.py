@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _log = logging.getLogger("latentrelay.cloud")
 SCRATCH_SHARE = 0.25  # for kernels' scratch memory and the allocator's rounding
 _GRID = 8
-_CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+_CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
@@ -113,7 +113,7 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    return min([_available(), *(_left(Path(limit), Path(used)) for limit, used in _CGROUP_FILES)])
+    return min([_available(), *(container_left(Path(folder), *names) for folder, *names in _CGROUPS)])
 
 
 def _available() -> float:
@@ -125,8 +125,13 @@ def _available() -> float:
         return 0.5 * pages * 4096  # no better word from this system: half of what it has
 
 
-def _left(limit: Path, used: Path) -> float:
+def container_left(folder: Path, limit: str, used: str, cached: str) -> float:
+    """What a control group in `folder` leaves to its processes; infinite without a limit. Files that are only cached
+    count as free, as they are dropped first: after a model was read, they are most of what is used."""
     try:
-        return float(int(limit.read_text(encoding="ascii")) - int(used.read_text(encoding="ascii")))
+        lines = (line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        reclaimable = next((int(value) for name, value in lines if name == cached), 0)
+        most, now = (int((folder / name).read_text(encoding="ascii")) for name in (limit, used))
     except (OSError, ValueError):  # no such file, or "max"
         return float("inf")
+    return float(most - now + reclaimable)

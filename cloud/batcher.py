@@ -339,11 +339,19 @@ class Batcher:
             tickets = list(job.tickets)
         picture = None
         if any(ticket.request.preview for ticket in tickets):
-            rgb = self.engine.preview(state.latents if state.x0 is None else state.x0)
-            picture = (rgb.shape[0], rgb.shape[1], rgb.tobytes())
+            picture = self._picture(state.latents if state.x0 is None else state.x0)
         for ticket in tickets:
             shown = picture if ticket.request.preview else None
             ticket.report(StepReport(state.step, request.split, request.num_steps, shown))
+
+    def _picture(self, latents: torch.Tensor) -> tuple[int, int, bytes] | None:
+        """A preview; one that cannot be made is left out."""
+        try:
+            rgb = self.engine.preview(latents)
+        except Exception as error:
+            _log.error("a preview failed: %s", where(error))
+            return None
+        return rgb.shape[0], rgb.shape[1], rgb.tobytes()
 
     def _finish(self, job: Job) -> None:
         """The split is reached: everyone gets the handoff, and it is kept for those who ask for the same again."""

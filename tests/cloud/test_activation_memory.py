@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from latentrelay.cloud.activation_memory import SCRATCH_SHARE, ActivationMemory, _LiveBytes, free_bytes
+from latentrelay.cloud.activation_memory import SCRATCH_SHARE, ActivationMemory, _LiveBytes, container_left, free_bytes
 from latentrelay.cloud.engine import Engine
 from latentrelay.cloud.latent_preview import fit_factors
 
@@ -63,6 +63,17 @@ def test_a_network_without_a_forecast_is_let_in(tiny: Any, caplog: pytest.LogCap
 
 def test_free_memory_is_read() -> None:
     assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
+
+
+def test_a_containers_limit_counts_and_its_cached_files_do_not(tmp_path: Path) -> None:
+    names = ("memory.max", "memory.current", "inactive_file")
+    assert container_left(tmp_path, *names) == float("inf")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 500\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    assert container_left(tmp_path, *names) == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert container_left(tmp_path, *names) == float("inf")
 
 
 def test_previews_follow_the_vae(tiny: Any, tmp_path: Path) -> None:

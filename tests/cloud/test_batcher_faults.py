@@ -124,6 +124,19 @@ def test_a_progress_function_that_raises_disturbs_nobody(
     assert "secret" not in caplog.text
 
 
+def test_a_preview_that_cannot_be_made_is_left_out(gated: Any, batching: Any, wanted: Any) -> None:
+    engine, _ = gated
+
+    def broken(latents: Any) -> Any:
+        raise RuntimeError(SECRET)
+
+    engine.preview = broken
+    seen: list[Any] = []
+    ticket = batching(engine).submit(wanted(preview=True), on_step=seen.append)
+    assert ticket.future.result(60).meta.next_step == 3
+    assert [each.preview for each in seen] == [None] * 3
+
+
 def test_a_text_that_cannot_be_encoded_fails_alone(gated: Any, batching: Any, wanted: Any) -> None:
     engine, _ = gated
     encode = engine.encode
