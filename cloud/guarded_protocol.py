@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -67,6 +68,7 @@ class GuardedProtocol(H11Protocol):
     def __init__(self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: Any = None) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.conn = h11.Connection(h11.SERVER, self.limits.head_bytes)
+        self.logger = cast(logging.Logger, _Quieter(self.logger))
         self.app = _small_heads(self.app, self.limits, type(self).refused)
         self.timeout_keep_alive = cast(int, self.limits.idle_s)
         self._owed: asyncio.TimerHandle | None = None
@@ -185,6 +187,19 @@ class GuardedProtocol(H11Protocol):
         if self.transport.get_write_buffer_size():
             self._watch_reader(self.limits.head_s)
         self.transport.close()
+
+
+class _Quieter(logging.LoggerAdapter[logging.Logger]):
+    """The server's logger, with a line for every malformed request at DEBUG only: they are counted instead."""
+
+    def warning(self, msg: object, *args: object, **kwargs: Any) -> None:
+        """A line at DEBUG."""
+        self.debug(msg, *args, **kwargs)
+
+    @property
+    def level(self) -> int:
+        """The logger's own; uvicorn asks."""
+        return self.logger.level
 
 
 def _small_heads(app: ASGIApplication, limits: ConnectionLimits, refused: Refused) -> ASGIApplication:

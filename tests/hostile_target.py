@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 import httpx
 
 TOKENS = {"alice": "alice-hush-7f1c", "bob": "bob-hush-91aa", "meagre": "meagre-hush-03bd"}
-LIMITS = {"connections": 64, "head_s": 2.0, "body_s": 2.0, "idle_s": 3.0, "drain_s": 2.0}
+LIMITS = {"connections": 64, "head_s": 2.0, "body_s": 2.0, "idle_s": 3.0, "drain_s": 2.0, "drain_bytes_per_s": 1e6}
 TOKENS_TOML = "".join(
     f'[[token]]\nname = "{name}"\ntoken = "{token}"\n'
     + ("requests_per_minute = 5\nopen_jobs = 1\nsteps_per_day = 6\n" if name == "meagre" else "")
@@ -96,12 +97,13 @@ class Target:
         bare.connect(("127.0.0.1", self.port))
         return bare
 
-    def raw(self, data: bytes) -> bytes:
-        """Send, end the sending half, and read until the server closes."""
+    def raw(self, data: bytes, *, half_close: bool = True) -> bytes:
+        """Send, end the sending half (or leave it open), and read until the server closes."""
         with self.connect() as bare:
             try:
                 bare.sendall(data)
-                bare.shutdown(socket.SHUT_WR)
+                if half_close:
+                    bare.shutdown(socket.SHUT_WR)
             except OSError:
                 pass  # refused before all was sent
             return everything(bare)
@@ -144,4 +146,4 @@ def everything(bare: socket.socket) -> bytes:
 
 def statuses(answer: bytes) -> list[int]:
     """The status of every answer in what came back."""
-    return [int(line.split()[1]) for line in answer.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", answer)]
