@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
@@ -43,17 +43,14 @@ def model_folder(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(tiny.save_pipeline(tiny.make_pipeline(work / "work"), work / "tiny"))
 
 
-@pytest.fixture
-def launch(processes: Any, model_folder: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """`launch(**options)`: a running server process, killed after the test."""
-    with ExitStack() as stack:
-        yield lambda **options: stack.enter_context(
-            processes.ServerProcess(model_folder, tmp_path / "server", **options)
-        )
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(processes: Any, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One server process for the faults that do not end it."""
-    with processes.ServerProcess(model_folder, tmp_path_factory.mktemp("server")) as running:
-        yield running
+    """One server process, with its store on a small file system of its own where this user may mount one.
+
+    A test calls `server.ensure()` first: it may find the server dead, its store full or its clock wrong.
+    """
+    folder = tmp_path_factory.mktemp("server")
+    with ExitStack() as stack:
+        small = stack.enter_context(processes.small_file_system(folder / "small", mib=4))
+        store = folder / "small" / "store" if small else folder / "store"
+        yield stack.enter_context(processes.ServerProcess(model_folder, folder, store=store, small=small))

@@ -40,6 +40,7 @@ class CuttingProxy:
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.connections = 0
         self.cuts = 0
+        self._generation = 0
         self.passed = [0, 0]
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
@@ -56,6 +57,10 @@ class CuttingProxy:
             thread.join(10)
         self._listener.close()
 
+    def cut_now(self) -> None:
+        """Reset every connection there is, as when the server's whole machine goes: nothing more comes from it."""
+        self._generation += 1
+
     def _accept(self) -> None:
         while not self._ended.is_set():
             if not select.select([self._listener], [], [], 0.05)[0]:
@@ -69,18 +74,25 @@ class CuttingProxy:
 
     def _pass(self, client: socket.socket, cut: Cut) -> None:
         try:
-            server = socket.create_connection(("127.0.0.1", self._target), timeout=10)
+            server = _connected(self._target)
         except OSError:
             _reset(client)
             return
         counts = {client: 0, server: 0}
+        generation = self._generation
         ends = {client: (server, cut.sent), server: (client, cut.received)}
         try:
             while not self._ended.is_set():
+                if self._generation != generation:
+                    self.cuts += 1
+                    _reset(client)
+                    _reset(server)
+                    return
                 for source in select.select([client, server], [], [], 0.05)[0]:
                     other, own = ends[source]
                     room = _room(own, counts[source], cut.both, sum(counts.values()))
-                    data = source.recv(min(65536, room)) if room else b""
+                    most = max(1, int(cut.bytes_per_s / 20)) if cut.bytes_per_s and source is server else 65536
+                    data = source.recv(min(most, room)) if room else b""
                     if not data and room:
                         return  # an end of its own accord
                     counts[source] += len(data)
@@ -98,6 +110,15 @@ class CuttingProxy:
         finally:
             client.close()
             server.close()
+
+
+def _connected(port: int) -> socket.socket:
+    """A connection that takes little at once, so that what is not read here is still the server's."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+    connection.settimeout(10)
+    connection.connect(("127.0.0.1", port))
+    return connection
 
 
 def _room(own: int | None, count: int, both: int | None, total: int) -> int:

@@ -7,10 +7,14 @@ The process reads its clock from a file's offset (see `clock.py`), and its log g
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,11 +46,17 @@ class ServerProcess:
     """`latentrelay serve` on `model`; `folder` gets the port file, the log, the clock and, by default, the store."""
 
     def __init__(
-        self, model: Path, folder: Path, *, store: Path | None = None, arguments: tuple[str, ...] = ()
+        self,
+        model: Path,
+        folder: Path,
+        *,
+        store: Path | None = None,
+        small: bool = False,
+        arguments: tuple[str, ...] = (),
     ) -> None:
         self.model, self.folder, self.arguments = model, folder, arguments
         folder.mkdir(parents=True, exist_ok=True)
-        self.store = store or folder / "store"
+        self.store, self.small = store or folder / "store", small
         self.log = folder / "log.txt"
         self.port = 0
         self._port_file = folder / "port"
@@ -73,7 +83,7 @@ class ServerProcess:
         """Start it and wait until it answers that it is ready."""
         self._port_file.unlink(missing_ok=True)
         environment = os.environ | {
-            "PYTHONPATH": str(self.folder / "path"),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(self.folder / "path"), os.environ.get("PYTHONPATH")])),
             "LATENTRELAY_TEST_CLOCK": str(self._clock),
             "HF_HUB_OFFLINE": "1",
         }
@@ -89,6 +99,19 @@ class ServerProcess:
                 raise TimeoutError(f"the server was not ready in {wait_s:g} s:\n{self.log.read_text()[-3000:]}")
             time.sleep(0.05)
         return self
+
+    def ensure(self) -> ServerProcess:
+        """Running, with the right time and room in its store, whatever the test before left."""
+        self.set_clock(0)
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+        else:
+            resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return self
+
+    def wipe(self) -> None:
+        """Remove the store, whoever uses it."""
+        shutil.rmtree(self.store, ignore_errors=True)
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
@@ -109,7 +132,7 @@ class ServerProcess:
         part.replace(self._clock)
 
     def __enter__(self) -> ServerProcess:
-        return self.start()
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
@@ -127,6 +150,22 @@ class ServerProcess:
             return False
 
 
+@contextmanager
+def small_file_system(path: Path, *, mib: int) -> Iterator[bool]:
+    """Mount an empty file system of that size at `path`; False where that is not allowed."""
+    path.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={mib}m,mode=700", "latentrelay-test", str(path)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
 def post(url: str, fields: dict[str, Any], *, key: str, prefer: str = "respond-async") -> httpx.Response:
     """One POST with a key, as the wire description has it."""
     headers = {"Prefer": prefer, "Idempotency-Key": key}
@@ -139,6 +178,18 @@ def status(url: str, job: str) -> dict[str, Any]:
     answer.raise_for_status()
     document: dict[str, Any] = answer.json()
     return document
+
+
+def get(url: str, job: str) -> httpx.Response:
+    """The answer to a GET of the job, whatever it is."""
+    return httpx.get(f"{url}/v1/handoffs/{job}", timeout=60)
+
+
+def jobs_accepted(url: str) -> int:
+    """How many jobs the server has taken on, repeated keys left out, as its metrics say."""
+    lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
+    found = [line for line in lines if line.startswith('latentrelay_jobs_accepted_total{replayed="false"')]
+    return sum(int(float(line.rsplit(" ", 1)[1])) for line in found)
 
 
 def wait_for(url: str, job: str, *, ready: Any, seconds: float = 90.0) -> dict[str, Any]:
