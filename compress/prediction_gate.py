@@ -5,25 +5,26 @@ step of each kind and how many times faster the run shall be. Out: a `Prediction
 starts from the plainest rule, even steps and the last value held, and takes a part in (order, mask policy, adjusted
 grid, choice per token, rectifier) only where held-out final latents come nearer to the float run's with 95 %
 confidence; then the better target ships. Other splits get the same target, order and choice, and a mask and a
-correction of their own where those gain there too; so does the hot level, a second mask a split at a higher speedup.
+correction of their own where those gain there too; the hot level's are prediction_levels.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from latentrelay.compress.compensation_gate import Score
 from latentrelay.compress.denoising_chain import Correction, Floats
 from latentrelay.compress.errors import PredictionError
-from latentrelay.compress.plan import Evidence
 from latentrelay.compress.predicted_chain import Prediction, StagedDenoiser
 from latentrelay.compress.prediction import TARGETS, Target
 from latentrelay.compress.prediction_candidates import Bench, Candidate, Grid, StepCosts, all_computed
+from latentrelay.compress.prediction_evidence import parts_of
 from latentrelay.compress.prediction_grid import adjusted_grid
+from latentrelay.compress.prediction_levels import hot_level
 from latentrelay.compress.prediction_masks import mask_policies
-from latentrelay.compress.prediction_outcome import METRIC, PredictionOutcome, relative_error
+from latentrelay.compress.prediction_outcome import PredictionOutcome
 from latentrelay.compress.prediction_search import Progress, Search, decibels, searched
 from latentrelay.compress.run_segments import Segment, segments
 from latentrelay.compress.solver_tables import SolverTable
@@ -141,15 +142,17 @@ def _outcome(
         why += f", against {_mean(bench.score(other.best, at)):.2f} dB of {other.best.name(probe)} in the same time"
     why += f"; every step computed: {computed.mean:.2f} dB"
     left_out = sorted(set(splits) - {split for split, _ in predictions})
+    hot = None
     if hot_speedup is not None:
-        found, report["hot"] = _hot(bench.at(hot_speedup), best, splits, predictions, say)
-        predictions |= found
-        why += f"; hot, {hot_speedup:g} times faster: {_said(report['hot'])}"
+        hot = hot_level(bench.at(hot_speedup), best, splits, predictions, probe, say)
+        predictions |= hot.predictions
+        report["hot"] = hot.report
+        why += f"; {hot.words}"
     predictions = {key: replace(each, fallback_threshold=fallback_threshold) for key, each in predictions.items()}
     if left_out:
         why += f"; no room for predicted steps from split {', '.join(str(split) for split in left_out)}"
     report |= {"chosen": best.name(probe), "why": why}
-    evidence = tuple(each for search in ranked for each in _evidence(search, best))
+    evidence = tuple(each for search in ranked for each in parts_of(search, best)) + (hot.evidence if hot else ())
     return PredictionOutcome(predictions, best, probe, bench.table, evidence, report, why)
 
 
@@ -191,66 +194,6 @@ def _for_split(bench: Bench, best: Candidate, split: int, say: Progress) -> tupl
     mask = () if prediction is None else prediction.mask
     figures = {"psnr_db": decibels(current.mean), "all_computed_psnr_db": decibels(computed.mean)}
     return prediction, {"computed_steps": mask.count("full"), **figures, **line}
-
-
-def _hot(
-    bench: Bench, best: Candidate, splits: Sequence[int], normal: Mapping[MaskKey, Prediction], say: Progress
-) -> tuple[dict[MaskKey, Prediction], dict[str, Any]]:
-    """The hot level's predictions at `bench`'s speedup, and its part of the report. A split whose mask would compute as
-    many steps as its normal one has none."""
-    found: dict[MaskKey, Prediction] = {}
-    report: dict[str, Any] = {"speedup": bench.speedup, "splits": {}, "left_out": {}}
-    for split in sorted(set(splits)):
-        say(f"prediction: hot level, split {split}")
-        shipped, line = _for_split(bench, best, split, say)
-        usual = normal.get((split, "normal"))
-        most = _left(bench, split) if usual is None else usual.mask.count("full")
-        if shipped is None:
-            report["left_out"][str(split)] = "the time leaves fewer than 2 computed steps, or no time for the others"
-        elif shipped.mask.count("full") >= most:
-            report["left_out"][str(split)] = f"computes {shipped.mask.count('full')} steps, and the normal mask {most}"
-        else:
-            found[split, "hot"] = replace(shipped, level="hot")
-            report["splits"][str(split)] = line
-    return found, report
-
-
-def _said(report: Mapping[str, Any]) -> str:
-    shipped = [
-        f"{line['computed_steps']} computed from split {split}, {line['psnr_db']:.2f} dB"
-        for split, line in report["splits"].items()
-    ]
-    left_out = [f"none from split {split} ({why})" for split, why in report["left_out"].items()]
-    return ", ".join(shipped + left_out)
-
-
-def _evidence(search: Search, shipped: Candidate) -> Iterator[Evidence]:
-    """A row a part: its best variant against what it was added to; kept where it is in what ships."""
-    for part, (without, with_it, candidate) in search.parts.items():
-        gained = with_it.over(without)[1] > 0.0
-        kept: Literal["kept", "dropped"] = (
-            "kept" if gained and search.best == shipped and _has(part, candidate, shipped) else "dropped"
-        )
-        yield Evidence(
-            f"prediction, {candidate.target}: {part}",
-            relative_error(without.mean),
-            relative_error(with_it.mean),
-            kept,
-            METRIC,
-        )
-
-
-def _has(part: str, candidate: Candidate, shipped: Candidate) -> bool:
-    """Whether what ships has the part that the candidate brought in."""
-    if part == "order above 0":
-        return shipped.spec.orders[-1] > 0
-    if part == "mask policy":
-        return candidate.policy == shipped.policy
-    if part == "choice per token":
-        return shipped.metric is not None
-    if part.startswith("adjusted grid"):
-        return shipped.grid is not None
-    return shipped.rectify is not None
 
 
 def _by_split(runs: Trajectories, table: SolverTable) -> Callable[[int], tuple[Segment, ...]]:

@@ -15,7 +15,8 @@ from latentrelay.compress.plan import Plan, PlanSource, full_plan
 from latentrelay.compress.plan_prediction import with_masks
 from latentrelay.compress.predicted_chain import Prediction, predicted_chain
 from latentrelay.compress.prediction_candidates import Bench, Candidate, StepCosts, uniform
-from latentrelay.compress.prediction_gate import PredictionOutcome, _for_split, _hot, _ranked, plan_prediction
+from latentrelay.compress.prediction_gate import PredictionOutcome, _for_split, _ranked, plan_prediction
+from latentrelay.compress.prediction_levels import hot_level
 from latentrelay.compress.prediction_masks import mask_policies
 from latentrelay.compress.prediction_search import Search
 from latentrelay.compress.run_segments import segments
@@ -153,7 +154,7 @@ def test_a_hot_level_that_saves_no_step_or_has_no_room_is_left_out_and_said(
 ) -> None:
     same = two_levels(1.52, (SPLIT,))
     assert same.masks().keys() == {(SPLIT, "normal")}
-    assert same.report["hot"]["left_out"][str(SPLIT)] == "computes 4 steps, and the normal mask 4"
+    assert same.report["hot"]["left_out"][str(SPLIT)] == "computes 4 steps, and the normal run 4"
     assert f"none from split {SPLIT} (computes 4 steps" in same.why
     none = two_levels(20.0, (SPLIT,))
     assert none.masks().keys() == {(SPLIT, "normal")}
@@ -162,28 +163,40 @@ def test_a_hot_level_that_saves_no_step_or_has_no_room_is_left_out_and_said(
         two_levels(1.5)
 
 
-def test_the_hot_level_is_fitted_and_gated_on_its_own(staged: Any, staged_table: Any, staged_runs: Any) -> None:
+def test_the_hot_level_searches_mask_and_rectifier_on_its_own(staged: Any, staged_table: Any, staged_runs: Any) -> None:
     runs = staged_runs("runs", 4)
     bench = _bench(staged, staged_table(), runs, runs)
-    bench.policies = {"uniform": uniform, "dp": mask_policies(runs, staged, staged_table())["dp"]}
-    best = Candidate("whole_output", policy="dp", rectify="predicted")
-    even = dataclasses.replace(best, policy="uniform", rectify=None)
-    hotter = bench.at(3.0)
-    bench._scores[even, SPLIT] = Score(np.array([10.0, 10, 10, 10]))
-    assert (hotter.speedup, hotter._scores, hotter._made) == (3.0, {}, {})
-    for at, gain in ((bench, 1.0), (hotter, -1.0)):  # what gains at one level may lose at the other
-        at._scores[even, SPLIT] = Score(np.array([40.0, 40, 40, 40]))
-        for candidate in (
-            dataclasses.replace(even, policy="dp"), best, dataclasses.replace(even, rectify="predicted"),
-        ):  # fmt: skip
-            at._scores[candidate, SPLIT] = Score(40.0 + gain * np.array([1.0, 2, 1, 2]))
-    ours, _ = _for_split(bench, best, SPLIT, lambda words: None)
-    assert ours is bench.prediction(dataclasses.replace(even, policy="dp"), SPLIT)
-    found, report = _hot(hotter, best, [SPLIT], {(SPLIT, "normal"): ours}, lambda words: None)  # type: ignore[dict-item]
-    shipped = found[SPLIT, "hot"]
-    assert shipped.mask == hotter.prediction(even, SPLIT).mask  # type: ignore[union-attr]
-    assert shipped.gain is None
-    assert (report["splits"][str(SPLIT)]["policy"], report["splits"][str(SPLIT)]["corrected"]) == (False, False)
+    bench.policies = mask_policies(runs, staged, staged_table())
+    best = Candidate("whole_output", LadderSpec((1,)), policy="dp", rectify=None)  # what ships at the normal level
+    even, rectified = dataclasses.replace(best, policy="uniform"), dataclasses.replace(best, rectify="predicted")
+    level, up, down = [0.0, 0, 0, 0], [2.0, 3, 2, 3], [-3.0, -2, -3, -2]
+    usual = bench.prediction(best, SPLIT)
+    assert usual is not None
+    for gains, shipped in (
+        ({even: level}, even),  # the mask that the normal level has gains nothing here
+        ({even: level, best: [-1.0, 9, -1, 9]}, even),  # its mean is ahead, its interval is not
+        ({even: level, best: up}, best),
+        ({even: level, best: up, rectified: [6.0, 7, 6, 7]}, rectified),  # which the normal level does without
+        ({even: level, dataclasses.replace(even, rectify="all"): up}, dataclasses.replace(even, rectify="all")),
+    ):
+        hotter = bench.at(3.0)
+        assert (hotter.speedup, hotter._scores, hotter._made) == (3.0, {}, {})
+        for policy in ("uniform", "threshold", "dp"):
+            for rectify in (None, "predicted", "all"):
+                candidate = dataclasses.replace(best, policy=policy, rectify=rectify)  # type: ignore[arg-type]
+                hotter._scores[candidate, SPLIT] = Score(40.0 + np.array(gains.get(candidate, down)))
+        found = hot_level(hotter, best, [SPLIT], {(SPLIT, "normal"): usual}, None, lambda words: None)
+        ours = hotter.prediction(shipped, SPLIT)
+        assert ours is not None
+        assert found.predictions[SPLIT, "hot"].mask == ours.mask
+        assert (found.predictions[SPLIT, "hot"].gain is None) == (shipped.rectify is None)
+        line = found.report["splits"][str(SPLIT)]
+        assert line["chosen"] == shipped.name(None)
+        assert line["chosen"] in [row["name"] for row in line["candidates"]]
+        kept = {each.name: each.verdict for each in found.evidence}
+        assert kept[f"prediction, whole_output: hot from split {SPLIT}, rectifier"] == (
+            "kept" if shipped.rectify else "dropped"
+        )
 
 
 def test_a_rectifier_that_hurts_is_dropped(
