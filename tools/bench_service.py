@@ -8,6 +8,7 @@ medians and counts. It measures neither decoding nor a network between machines.
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from contextlib import ExitStack
@@ -16,7 +17,9 @@ from typing import Any
 from urllib.request import Request as UrlRequest
 from urllib.request import urlopen
 
+import numpy as np
 from latentrelay.runtime.errors import RequestError
+from latentrelay.runtime.handoff import Handoff
 from latentrelay.tools.bench_service_counts import Round, Side, figures, percentile
 from latentrelay.tools.bench_service_static import Static
 from latentrelay.tools.console import counting, emit, extra, printable, table
@@ -25,6 +28,7 @@ from latentrelay.tools.service_process import ServerProcess
 
 MAX_STATIC = 32
 OVERHEAD_REQUESTS = 40
+LEAST_DB, EQUAL_DB = 30.0, 200.0
 _STEPS = re.compile(r"^latentrelay_steps_total ([0-9.e+]+)$", re.MULTILINE)
 
 
@@ -86,6 +90,7 @@ def measure(
         for each in (baseline, ours):  # both warm: kernels chosen, threads started, memory taken
             run_load(each.url, Requests(f"warm {each.name}", **asked), min(2, clients), each=1)
         batch = best_batch(loop, clients) if loop else None
+        agreement = agreement_db(ours.url, baseline.url, asked)
         before, warm = _steps_made(ours.url), None
         done: list[Round] = []
         for turn in range(rounds):
@@ -109,6 +114,7 @@ def measure(
         "rss_mib": last,
         **overhead,
         "static_batch": batch,
+        "agreement_db": agreement,
         "config": {
             "model": model,
             "clients": clients,
@@ -150,6 +156,26 @@ def overhead_ms(each: ServerProcess, asked: dict[str, Any], count: int = OVERHEA
         "overhead_p95_ms": round(percentile(kept, 0.95), 3),
         "overhead_cpu_ms": None if before is None or after is None else round(1e3 * (after - before) / count, 3),
     }
+
+
+def agreement_db(ours: str, baseline: str, asked: dict[str, Any]) -> float:
+    """SNR in dB of our handoff against the baseline's latents for one prompt and seed, both in float16: whether both
+    sides do the same work. Raises RequestError below 30 dB."""
+    body = json.dumps({"prompt": "a red circle left of a blue square", "negative_prompt": "", "seed": 1, **asked})
+    got = Handoff.from_bytes(_posted(ours, body)).latents.astype(np.float64)
+    expected = np.frombuffer(_posted(baseline, body), np.float16).reshape(got.shape).astype(np.float64)
+    error = float(np.sum((got - expected) ** 2))
+    found = 10 * math.log10(float(np.sum(expected**2)) / error) if error else EQUAL_DB
+    if found < LEAST_DB:
+        raise RequestError("both sides make different latents", got=f"{found:.1f} dB", expected=f"{LEAST_DB} dB")
+    return round(min(found, EQUAL_DB), 1)
+
+
+def _posted(url: str, body: str) -> bytes:
+    headers = {"Content-Type": "application/json", "Prefer": "wait"}
+    with urlopen(UrlRequest(f"{url}/v1/handoffs", body.encode(), headers), timeout=600) as answer:
+        data: bytes = answer.read()
+    return data
 
 
 def _side(each: ServerProcess, requests: Requests, clients: int, seconds: float) -> Side:
