@@ -99,6 +99,10 @@ class JobLedger:
         except ValueError:
             return None
 
+    def progress_notes(self) -> list[str]:
+        """The ids that have a note."""
+        return self.store.keys("progress")
+
     def forget_progress(self, id: str) -> None:
         """The job has ended."""
         self.store.delete("progress", id)

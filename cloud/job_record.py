@@ -27,7 +27,7 @@ END_STATES = ("done", "failed", "cancelled", "expired", "deleted")
 Preview = tuple[int, int, bytes]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Moment:
     """A point in time that another process can measure from: seconds on the wall's clock, seconds since `boot`."""
 

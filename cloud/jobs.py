@@ -250,7 +250,10 @@ class JobBoard:
         )
         ready = self._from_cache(record)
         if ready is not None:
-            return self._ledger.create(Entry.of(ready))
+            created = self._ledger.create(Entry.of(ready))
+            if created:
+                self._live.tell(ready)
+            return created
         entry = Entry.of(record)
         live = self._live.reserve(entry, request)
         if live is None:
@@ -329,10 +332,11 @@ class JobBoard:
         """Cancel a job that does not run here, or forget its result; False where the record has changed meanwhile."""
         record = entry.record
         if record.open:
-            if self._ledger.swap(entry, record.end("cancelled")) is None:
+            after = self._ledger.swap(entry, record.end("cancelled"))
+            if after is None:
                 return False
             self._ledger.ask_to_cancel(record.id)
-            self._tell("cancelled", record)
+            self._live.tell(after.record)
         elif record.state == "done":
             if self._ledger.swap(entry, record.past("deleted")) is None:
                 return False
@@ -340,10 +344,6 @@ class JobBoard:
                 self._ledger.uncache(record.content)
         self._bell.ring(record.id)
         return True
-
-    def _tell(self, state: str, record: JobRecord) -> None:
-        if self._observer is not None:
-            self._observer.job_ended(state, record.accepted.elapsed_s())
 
     def _lose(self, entry: Entry) -> None:
         """The blob of a job is not what it was: nobody is served with it, now or from the cache."""

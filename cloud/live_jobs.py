@@ -7,6 +7,7 @@ run again should this process die. What cannot be written now (a full disk) is t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -172,7 +173,7 @@ class LiveJobs:
                 return
             self.abandon(live)
         if ours:
-            self._tell(record)
+            self.tell(record)
 
     def write_pending(self) -> None:
         """Try again what could not be written, and drop what has outlived its time meanwhile."""
@@ -224,6 +225,10 @@ class LiveJobs:
             if thread.is_alive():
                 thread.join()
         self.write_pending()
+        for live in self.all():
+            if live.ended is None:  # who takes it on is not told that it was begun: ending is not dying of it
+                with contextlib.suppress(*_UNWRITABLE):
+                    self._ledger.forget_progress(live.entry.record.id)
 
     def _written(self) -> None:
         while (task := self._work.get()) is not None:
@@ -289,7 +294,7 @@ class LiveJobs:
             self._bell.ring(live.entry.record.id)
             self.write(live)
         elif ours:
-            self._tell(ended)
+            self.tell(ended)
 
     def _recorded_first(self, live: LiveJob, ended: JobRecord) -> bool | None:
         """Record the end before anybody is told of it; None where the store cannot take it now."""
@@ -324,7 +329,8 @@ class LiveJobs:
             result = CachedResult(record.etag, record.size, record.split, record.ended)
             self._ledger.cache(record.content, result)
 
-    def _tell(self, record: JobRecord) -> None:
+    def tell(self, record: JobRecord) -> None:
+        """Metrics and the log: a job has ended, wherever it ran."""
         seconds = record.accepted.elapsed_s()
         if self._observer is not None:
             self._observer.job_ended(record.state, seconds)

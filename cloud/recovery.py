@@ -7,7 +7,9 @@ result names are removed when they were seen so twice, a while apart by this pro
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from latentrelay.cloud.doorbell import Doorbell
 from latentrelay.cloud.errors import DeadlineRefusedError, MemoryRefusedError, ProblemError, RefusedError
 from latentrelay.cloud.job_ledger import DamagedRecordError, Entry, JobLedger
 from latentrelay.cloud.job_problems import deadline_passed, interrupted, problem_of, unreadable
-from latentrelay.cloud.job_record import JobRecord
+from latentrelay.cloud.job_record import JobRecord, Moment
 from latentrelay.cloud.job_runs import JobObserver, JobOptions
 from latentrelay.cloud.live_jobs import LiveJob, LiveJobs, overdue
 from latentrelay.cloud.requests import RunRequest
@@ -26,15 +28,25 @@ from latentrelay.cloud.store import Registration, Stamp
 
 _log = logging.getLogger("latentrelay.cloud")
 _RETRY_S = 1.0  # between two tries of what the runner or the disk refused
+_REMEMBERED = 50_000  # jobs that have ended; beyond, those without a result are forgotten before tombstone_s
 _REFUSALS = 60  # a job that does not fit this replica's memory so many times fails
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Ended:
-    """An ended job as it was last read, so that it need not be read again before it is due."""
+    """What is remembered of an ended job, so that its record need not be read again before it is due."""
 
-    record: JobRecord
+    state: str
+    ended: Moment
+    etag: str | None
     first_seen_s: float
+
+    @classmethod
+    def of(cls, record: JobRecord, first_seen_s: float) -> _Ended:
+        """There may be many: equal texts are kept once."""
+        moment = record.ended or record.accepted
+        moment = dataclasses.replace(moment, boot=sys.intern(moment.boot))
+        return cls(sys.intern(record.state), moment, record.etag, first_seen_s)
 
 
 class Recovery:
@@ -85,9 +97,14 @@ class Recovery:
         """Look at every record: adopt what `dead` and forgotten runners left, end what is over, collect blobs."""
         self._sweep_at = time.monotonic() + self._options.sweep_s
         mine = self._live.all()
-        ids = self._ledger.ids()
+        notes = self._ledger.progress_notes()  # before the ids: a note is written after its record
+        ids = set(self._ledger.ids())
         orphans = self._look_at(ids)
-        self._record_again(mine, set(ids))
+        for id in notes:
+            if id in self._ended or id not in ids:
+                self._ledger.forget_progress(id)
+        self._forget_oldest()
+        self._record_again(mine, ids)
         orphans.sort(key=lambda entry: entry.record.accepted.wall_s)
         self._left = self._adopt_all(orphans) if self.adopting else len(orphans)
         if not self._left:
@@ -122,7 +139,7 @@ class Recovery:
             if live is not None or entry is None or not self._ledger.store.alive(entry.record.runner):
                 self._ledger.forget_cancel(id)
 
-    def _look_at(self, ids: list[str]) -> list[Entry]:
+    def _look_at(self, ids: set[str]) -> list[Entry]:
         """Read every record that is not known to be ended and not due; the open ones whose runner is dead."""
         now = time.monotonic()
         known, self._ended = self._ended, {}
@@ -155,23 +172,35 @@ class Recovery:
 
     def _due(self, seen: _Ended, now: float) -> str | None:
         """What has to be done to an ended job: "expire", "remove" or nothing."""
-        record, watched_s = seen.record, now - seen.first_seen_s
-        if record.ended is None or overdue(record.ended, self._options.tombstone_s, watched_s=watched_s):
+        watched_s = now - seen.first_seen_s
+        if overdue(seen.ended, self._options.tombstone_s, watched_s=watched_s):
             return "remove"
-        if record.state in ("done", "failed") and overdue(record.ended, self._options.ttl_s, watched_s=watched_s):
+        if seen.state in ("done", "failed") and overdue(seen.ended, self._options.ttl_s, watched_s=watched_s):
             return "expire"
         return None
 
     def _age(self, entry: Entry, first_seen_s: float, now: float) -> None:
-        seen = _Ended(entry.record, first_seen_s)
+        seen = _Ended.of(entry.record, first_seen_s)
         due = self._due(seen, now)
         if due == "remove":
             self._ledger.remove(entry)
             return
         if due == "expire":
             after = self._ledger.swap(entry, entry.record.past("expired"))
-            seen = _Ended(entry.record if after is None else after.record, first_seen_s)
+            seen = _Ended.of(entry.record if after is None else after.record, first_seen_s)
         self._ended[entry.record.id] = seen
+
+    def _forget_oldest(self) -> None:
+        """Remove the oldest jobs without a result where too many are remembered."""
+        excess = len(self._ended) - _REMEMBERED
+        if excess <= 0:
+            return
+        past = [(seen.ended.wall_s, id) for id, seen in self._ended.items() if seen.state not in ("done", "failed")]
+        for _, id in sorted(past)[:excess]:
+            entry = self._ledger.read(id)
+            if entry is not None and not entry.record.open:
+                self._ledger.remove(entry)
+            del self._ended[id]
 
     def _record_again(self, mine: list[LiveJob], ids: set[str]) -> None:
         """A job that runs here and is not in the store any more: the store was wiped, the job is still accepted."""
@@ -243,12 +272,11 @@ class Recovery:
     def _fail(self, entry: Entry, problem: ProblemError) -> None:
         """End a job that no runner has."""
         record = entry.record
-        if self._ledger.swap(entry, record.end("failed", problem=problem.document())) is None:
+        after = self._ledger.swap(entry, record.end("failed", problem=problem.document()))
+        if after is None:
             return
         self._ledger.forget_progress(record.id)
-        if self._observer is not None:
-            self._observer.job_ended("failed", record.accepted.elapsed_s())
-        logs.event(_log, "job", job=record.id, state="failed", kind=problem.kind, attempts=record.attempts)
+        self._live.tell(after.record)
         self._bell.ring(record.id)
 
     def _collect_results(self) -> None:
@@ -264,7 +292,7 @@ class Recovery:
     def _collect_blobs(self) -> None:
         """Remove the blobs that nothing named at two sweeps at least grace_s apart, if nobody put them again since."""
         store, now = self._ledger.store, time.monotonic()
-        named = {seen.record.etag for seen in self._ended.values()} | self._shared
+        named = {seen.etag for seen in self._ended.values()} | self._shared
         known, self._orphans = self._orphans, {}
         for digest, stamp in store.blobs():
             if digest in named:

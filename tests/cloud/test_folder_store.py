@@ -226,9 +226,16 @@ def test_the_kernel_ends_a_killed_process_registration(store: FolderStore, how: 
 
 
 COUNT = """
-    import sys
+    import sys, time
     from latentrelay.cloud.folder_store import FolderStore
-    store, key, wins = FolderStore(sys.argv[1]), sys.argv[2], 0
+
+    class Slow(FolderStore):  # between the comparison and the change there is time for others
+        def _bytes(self, path):
+            data = super()._bytes(path)
+            time.sleep(0.002)
+            return data
+
+    store, key, wins = Slow(sys.argv[1]), sys.argv[2], 0
     print(flush=True)
     sys.stdin.readline()
     while wins < int(sys.argv[3]):
@@ -242,14 +249,14 @@ COUNT = """
 
 def test_compare_and_swap_is_atomic_between_processes(store: FolderStore) -> None:
     store.create("job", KEY, b"0")
-    processes = [child(COUNT, store.folder, KEY, 60) for _ in range(4)]
+    processes = [child(COUNT, store.folder, KEY, 20) for _ in range(4)]
     for each in processes:
         assert each.stdout is not None
         each.stdout.readline()
     for each in processes:
         each.communicate("\n", timeout=120)
     assert [each.returncode for each in processes] == [0] * 4
-    assert store.read("job", KEY) == b"240"
+    assert store.read("job", KEY) == b"80"
 
 
 def test_compare_and_swap_is_atomic_between_threads(store: FolderStore) -> None:

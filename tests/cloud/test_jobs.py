@@ -377,6 +377,28 @@ def test_blobs_that_are_named_or_not_ours_stay(make: Callable[..., Desk]) -> Non
     assert stranger.exists()
 
 
+def test_no_more_than_so_many_jobs_are_remembered(make: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentrelay.cloud.recovery._REMEMBERED", 3)
+    desk = make(ttl_s=0.3)
+    desk.runs.gate.clear()
+    jobs = [desk.accept(str(each)).id for each in range(6)]
+    for id in jobs[:5]:
+        desk.board.cancel(id, ALICE)
+    desk.until(lambda: len(desk.store.keys("job")) == 4)
+    assert set(jobs[2:]) == set(desk.store.keys("job")), "the oldest go, what is open stays"
+
+
+def test_leftover_notes_of_progress_are_removed(make: Callable[..., Desk]) -> None:
+    desk = make(ttl_s=0.3)
+    job = desk.accept().id
+    desk.ended(job)
+    desk.settled(job)
+    ledger = JobLedger(desk.store)
+    ledger.note_progress(job, "0" * 32, 1)
+    ledger.note_progress("f" * 32, "0" * 32, 1)
+    desk.until(lambda: ledger.progress_notes() == [])
+
+
 def test_a_full_store_accepts_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.write", _no_room)
     with pytest.raises(StoreFullError) as caught:

@@ -220,8 +220,11 @@ def test_a_job_is_begun_no_more_often_than_allowed(
         _begin(board, runs, job)
         assert board.status(job, ME).attempts == attempt
         assert ledger.progress(innocent) is None or ledger.progress(innocent).step == 0  # type: ignore[union-attr]
+        runner = record(store, job).runner
         board.close()
         runs.close()
+        assert ledger.progress(job) is None, "to end is not to die of it"
+        ledger.note_progress(job, runner, 1)  # as if it had died
         board, runs = boards(paused=True)
     status = ended(board, job)
     assert status.state == "failed"
@@ -236,6 +239,19 @@ def _begin(board: JobBoard, runs: Any, job: str) -> None:
     runs.submitted[0].on_step(type("Step", (), {"step": 1, "preview": None})())
     ledger = board._ledger
     until(lambda: (note := ledger.progress(job)) is not None and note.step == 1)
+
+
+def test_a_process_that_ends_in_order_does_not_use_up_attempts(boards: Boards, accept: Callable[..., str]) -> None:
+    board, runs = boards(paused=True)
+    job = accept(board)
+    for _ in range(5):
+        _begin(board, runs, job)
+        board.close()
+        runs.close()
+        board, runs = boards(paused=True)
+    runs.gate.set()
+    status = ended(board, job)
+    assert (status.state, status.attempts) == ("done", 1)
 
 
 def test_a_job_that_kills_before_its_first_step_is_given_up_too(
