@@ -42,6 +42,7 @@ class CuttingProxy:
         self.cuts = 0
         self._generation = 0
         self.passed = [0, 0]
+        self.by_connection: list[list[int]] = []
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
 
@@ -68,11 +69,12 @@ class CuttingProxy:
             client, _ = self._listener.accept()
             cut = self._plan(self.connections)
             self.connections += 1
-            thread = threading.Thread(target=self._pass, args=(client, cut), daemon=True)
+            self.by_connection.append([0, 0])
+            thread = threading.Thread(target=self._pass, args=(client, cut, self.by_connection[-1]), daemon=True)
             self._threads.append(thread)
             thread.start()
 
-    def _pass(self, client: socket.socket, cut: Cut) -> None:
+    def _pass(self, client: socket.socket, cut: Cut, own: list[int]) -> None:
         try:
             server = _connected(self._target)
         except OSError:
@@ -89,18 +91,20 @@ class CuttingProxy:
                     _reset(server)
                     return
                 for source in select.select([client, server], [], [], 0.05)[0]:
-                    other, own = ends[source]
-                    room = _room(own, counts[source], cut.both, sum(counts.values()))
+                    other, limit = ends[source]
+                    room = _room(limit, counts[source], cut.both, sum(counts.values()))
                     most = max(1, int(cut.bytes_per_s / 20)) if cut.bytes_per_s and source is server else 65536
                     data = source.recv(min(most, room)) if room else b""
                     if not data and room:
                         return  # an end of its own accord
                     counts[source] += len(data)
-                    self.passed[0 if source is client else 1] += len(data)
+                    way = 0 if source is client else 1
+                    self.passed[way] += len(data)
+                    own[way] += len(data)
                     other.sendall(data)
                     if cut.bytes_per_s and source is server:
                         time.sleep(len(data) / cut.bytes_per_s)
-                    if _room(own, counts[source], cut.both, sum(counts.values())) == 0:
+                    if _room(limit, counts[source], cut.both, sum(counts.values())) == 0:
                         self.cuts += 1
                         _reset(client)
                         _reset(server)
@@ -117,7 +121,11 @@ def _connected(port: int) -> socket.socket:
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
     connection.settimeout(10)
-    connection.connect(("127.0.0.1", port))
+    try:
+        connection.connect(("127.0.0.1", port))
+    except OSError:
+        connection.close()
+        raise
     return connection
 
 

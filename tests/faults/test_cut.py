@@ -13,6 +13,7 @@ from latentrelay.runtime.handoff_request import HandoffRequest
 
 DEADLINE_S = 120.0
 AT_ONCE = 8
+WAYS = ("sent", "received")
 FIELDS: dict[str, Any] = {"prompt": "the red cat", "height": 16, "width": 16, "num_steps": 4, "split": 2}
 
 
@@ -20,52 +21,52 @@ def _whole(client: CloudClient, seed: int, **options: Any) -> Handoff:
     return client.handoff(HandoffRequest(**FIELDS, seed=seed, deterministic=True), deadline_s=DEADLINE_S, **options)
 
 
-def _lengths(server: Any, proxies: Any, events: bool) -> tuple[int, int]:
-    """Bytes of a whole handoff to the server and from it, with the capabilities."""
+def _places(server: Any, proxies: Any, events: bool, every: int) -> list[tuple[int, str, int]]:
+    """(connection, way, bytes) of every `every`-th byte of a whole handoff, from the capabilities to the blob."""
     with proxies.CuttingProxy(server.port, lambda _: proxies.PASS) as proxy, CloudClient(proxy.url) as client:
         _whole(client, 1, on_progress=(lambda _: None) if events else None)
-        return proxy.passed[0], proxy.passed[1]
+        counts = list(proxy.by_connection)
+    ways = [(nth, way, count) for nth, both in enumerate(counts) for way, count in zip(WAYS, both, strict=True)]
+    return [(nth, way, at) for nth, way, count in ways for at in range(10, count, every)]
 
 
-def _cut_at(server: Any, proxies: Any, way: str, after: int, expected: bytes, events: bool) -> int:
-    """One handoff through a proxy that resets the first connection after so many bytes; the client's attempts."""
+def _cut_at(server: Any, proxies: Any, place: tuple[int, str, int], expected: bytes, events: bool) -> bool:
+    """One handoff through a proxy that resets that connection after so many bytes; whether it was cut."""
+    nth, way, after = place
 
     def plan(connection: int) -> Any:
-        return proxies.Cut(**{way: after}) if connection == 0 else proxies.PASS
+        return proxies.Cut(**{way: after}) if connection == nth else proxies.PASS
 
     with proxies.CuttingProxy(server.port, plan) as proxy, CloudClient(proxy.url) as client:
         handoff = _whole(client, 1, on_progress=(lambda _: None) if events else None)
-        assert handoff.latents.tobytes() == expected, (way, after)
-        assert proxy.cuts == 1, (way, after)
-        return client.attempts
+        assert handoff.latents.tobytes() == expected, place
+        return bool(proxy.cuts == 1)
 
 
-def _all(server: Any, proxies: Any, events: bool, every: int) -> int:
-    """Every `every`-th byte of request and response; how many handoffs were cut and came all the same."""
+def _all(server: Any, proxies: Any, events: bool, every: int) -> tuple[int, int]:
+    """How many handoffs there were, and how many of them were cut; all have come."""
     server.ensure()
     with CloudClient(server.url) as client:
         expected = _whole(client, 1).latents.tobytes()
-    sent, received = _lengths(server, proxies, events)
-    places = [("sent", at) for at in range(10, sent, every)] + [("received", at) for at in range(10, received, every)]
+    places = _places(server, proxies, events, every)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        attempts = list(
-            pool.map(lambda place: _cut_at(server, proxies, *place, expected=expected, events=events), places)
-        )
-    assert min(attempts) >= 1
-    assert max(attempts) > 1
-    return len(places)
+        cut = list(pool.map(lambda place: _cut_at(server, proxies, place, expected, events), places))
+    return len(places), sum(cut)
 
 
 @pytest.mark.parametrize("events", [False, True], ids=["waits", "events"])
 def test_a_connection_reset_somewhere(server: Any, proxies: Any, events: bool) -> None:
-    assert _all(server, proxies, events, every=170) > 20
+    count, cut = _all(server, proxies, events, every=170)
+    assert count > 20
+    assert cut > 0.8 * count  # a stream of events is not the same length every time
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("events", [False, True], ids=["waits", "events"])
 def test_a_connection_reset_at_every_tenth_byte(server: Any, proxies: Any, events: bool) -> None:
-    count = _all(server, proxies, events, every=10)
+    count, cut = _all(server, proxies, events, every=10)
     assert count > 300
+    assert cut > 0.8 * count
 
 
 def test_every_connection_is_cut_and_the_blob_still_comes(server: Any, proxies: Any) -> None:
