@@ -38,6 +38,27 @@ def serve(
         str | None,
         typer.Option(metavar="MIN[:MAX]", help="With --ray: how many; between MIN and MAX by the jobs in hand. 1."),
     ] = None,
+    torch_device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "float32",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the U-Net; the start takes longer.")
+    ] = False,
+    step_cache: Annotated[
+        Path | None, typer.Option(help="The cloud's own schedule of computed steps, for requests that allow it.")
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(min=1, help="Requests that share a network call; 16 on the CPU, 32 on a GPU.")
+    ] = None,
+    memory_mib: Annotated[
+        int | None, typer.Option(min=1, help="For activations; four fifths of what is free if not given.")
+    ] = None,
+    queue: Annotated[int | None, typer.Option(min=1, help="Jobs held at once, running ones included.")] = None,
+    ttl: Annotated[float | None, typer.Option(min=1, help="Seconds that a result is kept; 600.")] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Keep no text states and no results; equal requests share no run.")
+    ] = False,
+    log_format: Annotated[str, typer.Option(help="text or json.")] = "text",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
     port_file: Annotated[Path | None, typer.Option(help="Write the port here once requests are answered.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -61,6 +82,19 @@ def serve(
         replicas=replicas,
         port_file=port_file,
         as_json=as_json,
+        running=serve.Running(
+            device=torch_device,
+            dtype=dtype,
+            compiled=compiled,
+            step_cache=step_cache,
+            max_batch=max_batch,
+            memory_mib=memory_mib,
+            queue=queue,
+            ttl_s=ttl,
+            cache=not no_cache,
+        ),
+        log_format=log_format,
+        log_prompts=log_prompts,
     )
 
 
