@@ -77,7 +77,15 @@ def _answer(answer: Answer, head: bool) -> dict[str, Any]:
 def _body(media_type: str, schema: str | None) -> dict[str, Any]:
     if media_type == STATUS:
         return {"$ref": f"#/components/schemas/{schema}"}
-    if media_type == EVENTS or media_type.startswith("text/"):
+    if media_type == EVENTS:
+        data = {"type": "string", "contentMediaType": STATUS, "description": "The status, as JSON."}
+        names = {"type": "string", "enum": ["progress", "done", "failed", "cancelled"]}
+        return {
+            "description": "One event of the stream.",
+            "type": "object",
+            "properties": {"event": names, "id": {"type": "string"}, "data": data},
+        }
+    if media_type.startswith("text/"):
         return {"type": "string"}
     return {"type": "string", "contentMediaType": media_type}
 

@@ -1,6 +1,6 @@
 """Fixtures shared by the folders, and the named list of third-party warnings that are not ours to fix.
 
-`tiny` is tests/tiny_pipeline.py as a module; so are `uninterrupted`, `handoff_mutations` and `hostile_target`.
+`tiny` is tests/tiny_pipeline.py as a module; so are `uninterrupted`, `handoff_mutations`, `hostile_target` and more.
 `tiny_bundle` is one fp32 bundle exported once for the whole session; `serve_cloud(pipeline)` is a real server on a
 loopback port.
 """
@@ -66,6 +66,12 @@ def handoff_mutations() -> Any:
 def hostile_target() -> Any:
     """The module with `Target(model_folder, folder)`: a real server process and bare sockets to it."""
     return load_beside("hostile_target")
+
+
+@pytest.fixture(scope="session")
+def openapi_cases() -> Any:
+    """The module with `run(url, token, examples, jobs)`: requests made up from the OpenAPI document."""
+    return load_beside("openapi_cases")
 
 
 @pytest.fixture(scope="session")
