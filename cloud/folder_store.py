@@ -35,8 +35,10 @@ _PART_S = 300.0  # a part older than this was left by a writer that died; a live
 class FolderStore:
     """Records and blobs under one folder, which is made where it does not exist, also when it vanishes later."""
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, durable: bool = True) -> None:
+        """durable: a write has reached the disk when it returns; False is for a folder that ends with the process."""
         self.folder = Path(os.path.abspath(folder))
+        self._durable = durable
         self._parts: dict[str, float] = {}
         with _translated():
             self._make_folders()
@@ -89,7 +91,7 @@ class FolderStore:
                 if not self._linked(part, path):
                     return False
                 try:
-                    os.fsync(handle)
+                    self._sync(handle)
                 except OSError:  # refused, so it may not stay either
                     path.unlink(missing_ok=True)
                     raise
@@ -134,7 +136,7 @@ class FolderStore:
         path = self._path(kind, key)
 
         def write() -> None:
-            with self._written(data, durable=False) as part, self._locked(key):
+            with self._written(data, durable=False) as part:
                 os.rename(part, path)
 
         self._made(write)
@@ -262,6 +264,10 @@ class FolderStore:
                     self._make_folders()
         raise StoreUnavailableError("a folder that keeps vanishing")
 
+    def _sync(self, handle: int) -> None:
+        if self._durable:
+            os.fsync(handle)
+
     def _open_part(self) -> tuple[int, Path]:
         path = self.folder / "part" / secrets.token_hex(16)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), path
@@ -274,7 +280,7 @@ class FolderStore:
             try:
                 _write_all(handle, data)
                 if durable:
-                    os.fsync(handle)
+                    self._sync(handle)
             finally:
                 os.close(handle)
             yield path

@@ -73,7 +73,7 @@ class Service:
         """Open the store, start to run, take over what a dead process left."""
         if self._given is None:
             self._folder = tempfile.mkdtemp(prefix="latentrelay-jobs-")
-        self._store = self._given if self._given is not None else FolderStore(Path(self._folder or ""))
+        self._store = self._given if self._given is not None else FolderStore(Path(self._folder or ""), durable=False)
         options = self.options
         self._usage = Usage(self._store)
         self._board = JobBoard(
