@@ -46,6 +46,9 @@ class ActivationMemory:
 
     def _one(self, rows: int, columns: int) -> int:
         size = (-(-rows // _GRID) * _GRID, -(-columns // _GRID) * _GRID)
+        known = self._each.get(size)
+        if known is not None:  # without the lock: who asks for a known size does not wait for an unknown one
+            return known
         with self._lock:
             if size not in self._each:
                 self._each[size] = max(1, int((1 + SCRATCH_SHARE) * self._peak_or_nothing(*size)))

@@ -30,13 +30,15 @@ class Admission:
         self.memory = ActivationMemory(engine.unet, engine.text_length, branches)
         self._engine, self._places = engine, places
         self._fixed_bytes = None if memory_mib is None else memory_mib * 2**20
-        self._free_bytes = free_bytes(engine.device)
+        self._free_bytes, self._looked = free_bytes(engine.device), time.monotonic()
         self._lowered: dict[Size, tuple[int, float]] = {}  # requests, until when
 
     def look_again(self) -> None:
-        """Read how much memory is free. To be called between two calls of the network, when nothing is in use."""
-        if self._fixed_bytes is None:
-            self._free_bytes = free_bytes(self._engine.device)
+        """Read how much memory is free, at most once a second. To be called between two calls of the network, when
+        nothing is in use."""
+        now = time.monotonic()
+        if self._fixed_bytes is None and now - self._looked > 1.0:
+            self._free_bytes, self._looked = free_bytes(self._engine.device), now
 
     def lower(self, size: Size, fitted: int) -> None:
         """A call for more runs of this size ran out of memory: no more than `fitted` for some minutes."""

@@ -141,13 +141,14 @@ class Batcher:
 
     def load(self) -> Load:
         """What is held now, and the measured times."""
+        height, width = self.engine.default_size
+        usual = RunRequest(prompt="", seed=0, height=height, width=width, num_steps=DEFAULT_STEPS, split=1)
+        job = Job(usual, self.engine.latent_shape(usual)[2:], 0, None)
+        self.admission.capacity(job)  # a new size is looked into before the lock is taken
         with self._lock:
             waiting, running = len(self._places.waiting), self._places.running
             median, occupancy = self.admission.times.median_s, self.admission.times.occupancy
-            height, width = self.engine.default_size
-            size = (height // self.engine.downscale, width // self.engine.downscale)
-            usual = RunRequest(prompt="", seed=0, height=height, width=width, num_steps=DEFAULT_STEPS, split=1)
-            estimate = self.admission.estimate_s(Job(usual, size, 0, None), DEFAULT_STEPS // 2)
+            estimate = self.admission.estimate_s(job, DEFAULT_STEPS // 2)
         return Load(waiting, running, self.engine.limits.queue, _ms(median), occupancy, _ms(estimate))
 
     # Under the lock, from the caller's thread.

@@ -35,6 +35,7 @@ def together(engine: Engine, requests: list[RunRequest], **options: Any) -> tupl
     """The handoffs of requests that come at once, and seconds until the last."""
     batcher = Batcher(engine, cache=False, **options)
     batcher.start()
+    batcher.load()  # the memory forecast of this size, once in a server's life
     try:
         started = time.perf_counter()
         tickets = [batcher.submit(each) for each in requests]

@@ -119,6 +119,19 @@ def test_texts_are_encoded_once_and_together(gated: Any, batching: Any, wanted: 
     assert counts.hits.count(("text", True)) == 2
 
 
+def test_a_deterministic_run_takes_no_text_of_a_batch_it_joins_with(gated: Any, batching: Any, wanted: Any) -> None:
+    engine, _ = gated
+    encoded: list[list[str]] = []
+    encode = engine.encode
+    engine.encode = lambda texts: (encoded.append(list(texts)), encode(texts))[1]
+    batcher = batching(engine, started=False)
+    tickets = [batcher.submit(wanted(deterministic=each)) for each in (False, True)]
+    batcher.start()
+    for ticket in tickets:
+        ticket.future.result(60)
+    assert encoded == [["on", "the red cat"], ["on"], ["the red cat"]]
+
+
 def test_an_early_handoff_is_not_kept_as_the_result(gated: Any, batching: Any, wanted: Any) -> None:
     engine, gate = gated
     batcher = batching(engine)
