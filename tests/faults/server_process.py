@@ -6,14 +6,16 @@ The process reads its clock from a file's offset (see `clock.py`), and its log g
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -113,6 +115,30 @@ class ServerProcess:
         """Remove the store, whoever uses it."""
         shutil.rmtree(self.store, ignore_errors=True)
 
+    @contextmanager
+    def filled(self) -> Iterator[None]:
+        """No byte is free on the store's own file system."""
+        filler = self.store.parent / "filler"
+        with filler.open("wb", buffering=0) as file:
+            for size in (65536, 4096, 1):
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(size))
+            try:
+                yield
+            finally:
+                filler.unlink()
+
+    @contextmanager
+    def without_room(self) -> Iterator[None]:
+        """The process may not write a file beyond its first bytes (EFBIG), its log's included."""
+        assert self.process is not None
+        resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+        try:
+            yield
+        finally:
+            resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
         assert self.process is not None
@@ -183,6 +209,29 @@ def status(url: str, job: str) -> dict[str, Any]:
 def get(url: str, job: str) -> httpx.Response:
     """The answer to a GET of the job, whatever it is."""
     return httpx.get(f"{url}/v1/handoffs/{job}", timeout=60)
+
+
+def asking(client: Any, request: Any, deadline_s: float, **options: Any) -> tuple[threading.Thread, list[Any]]:
+    """A thread that asks for a handoff; the list gets it, or the error."""
+    result: list[Any] = []
+
+    def ask() -> None:
+        try:
+            result.append(client.handoff(request, deadline_s=deadline_s, **options))
+        except BaseException as error:
+            result.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    return thread, result
+
+
+def until(condition: Callable[[], bool], *, seconds: float = 120.0) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def jobs_accepted(url: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +59,9 @@ def test_a_running_and_two_queued_jobs_survive(
     assert "red cat" not in server.log.read_text()
 
 
-def test_the_client_waits_through_a_restart(server: Any, undisturbed: Callable[[dict[str, Any]], bytes]) -> None:
+def test_the_client_waits_through_a_restart(
+    server: Any, processes: Any, undisturbed: Callable[[dict[str, Any]], bytes]
+) -> None:
     server.ensure()
     started, progress = threading.Event(), []
 
@@ -70,8 +71,8 @@ def test_the_client_waits_through_a_restart(server: Any, undisturbed: Callable[[
             started.set()
 
     with CloudClient(server.url) as client:
-        thread, result = _asking(client, _fields(10), on_progress=told)
-        _until(lambda: started.is_set() or bool(result))
+        thread, result = processes.asking(client, HandoffRequest(**_fields(10)), LONG_S, on_progress=told)
+        processes.until(lambda: started.is_set() or bool(result))
         assert not result, result
         server.kill()
         server.start()
@@ -83,7 +84,7 @@ def test_the_client_waits_through_a_restart(server: Any, undisturbed: Callable[[
 
 
 def test_killed_mid_transfer_the_client_resumes(
-    server: Any, proxies: Any, undisturbed: Callable[[dict[str, Any]], bytes]
+    server: Any, processes: Any, proxies: Any, undisturbed: Callable[[dict[str, Any]], bytes]
 ) -> None:
     server.ensure()
     fields = _fields(20) | {"split": 0, "dtype": "float32", "height": 512, "width": 512}
@@ -94,8 +95,8 @@ def test_killed_mid_transfer_the_client_resumes(
     ):
         client.capabilities()
         before = proxy.passed[1]
-        thread, result = _asking(client, fields)
-        _until(lambda: proxy.passed[1] - before > len(whole) / 2)
+        thread, result = processes.asking(client, HandoffRequest(**fields), LONG_S)
+        processes.until(lambda: proxy.passed[1] - before > len(whole) / 2)
         server.kill()
         proxy.cut_now()  # what the system still held for the dead process is gone too, as with a machine
         assert not result
@@ -114,8 +115,10 @@ def test_a_store_wiped_between_two_runs_of_the_server(server: Any, processes: An
     job = processes.post(server.url, _fields(30), key="wiped").json()["id"]
     with CloudClient(server.url) as client:
         started = threading.Event()
-        thread, result = _asking(client, _fields(31), on_progress=lambda status: started.set())
-        _until(lambda: started.is_set() or bool(result))
+        thread, result = processes.asking(
+            client, HandoffRequest(**_fields(31)), LONG_S, on_progress=lambda status: started.set()
+        )
+        processes.until(lambda: started.is_set() or bool(result))
         assert not result, result
         server.kill()
         server.wipe()
@@ -128,25 +131,3 @@ def test_a_store_wiped_between_two_runs_of_the_server(server: Any, processes: An
     anew = processes.post(server.url, _fields(30), key="wiped")
     assert anew.status_code == 202
     assert processes.blob(server.url, anew.json()["id"], seconds=LONG_S)
-
-
-def _asking(client: CloudClient, fields: dict[str, Any], **options: Any) -> tuple[threading.Thread, list[Any]]:
-    """A thread that asks; the list gets the handoff or the error."""
-    result: list[Any] = []
-
-    def ask() -> None:
-        try:
-            result.append(client.handoff(HandoffRequest(**fields), deadline_s=LONG_S, **options))
-        except BaseException as error:
-            result.append(error)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    return thread, result
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LONG_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
