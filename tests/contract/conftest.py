@@ -8,7 +8,10 @@ started with the tokens file it is given, a time to live, and limits that allow 
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -189,8 +192,53 @@ def plain(tiny: Any, folder: Path, *, ttl_s: float) -> Iterator[str]:
             raise TimeoutError("the server did not stop")
 
 
-SERVERS: dict[str, Start] = {"plain": plain}
-KINDS = [pytest.param("plain")]
+RAY_SCRIPT = """
+import sys
+from functools import partial
+from latentrelay.cloud.limits import Limits
+from latentrelay.cloud.ray_app import run_ray
+from latentrelay.cloud.ray_replica import load_engine
+from latentrelay.cloud.replicas import Replicas
+from latentrelay.cloud.service_options import ServiceOptions
+folder, steps, ttl_s = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+run_ray(
+    partial(load_engine, folder + "/model", name="tiny", limits=Limits(max_steps=steps, deadline_s=3600)),
+    replicas=Replicas(2, 2), port=0, port_file=folder + "/port", store=folder + "/jobs",
+    tokens_file=folder + "/tokens.toml", service=ServiceOptions(ttl_s=ttl_s),
+)
+"""
+
+
+@contextmanager
+def ray_serve(tiny: Any, folder: Path, *, ttl_s: float) -> Iterator[str]:
+    """Two replicas on Ray Serve, in processes of their own."""
+    (folder / "tokens.toml").write_text(TOKENS_TOML, encoding="utf-8")
+    tiny.save_pipeline(tiny.make_pipeline(folder / "pipeline"), folder / "model")
+    arguments = [sys.executable, "-c", RAY_SCRIPT, str(folder), str(LONG_STEPS), str(ttl_s)]
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(arguments, stdout=log, stderr=log)
+    deadline = time.monotonic() + 300
+    try:
+        while not (folder / "port").exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"Ray did not start:\n{(folder / 'log.txt').read_text()[-3000:]}")
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{int((folder / 'port').read_text())}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(120)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+SERVERS: dict[str, Start] = {"plain": plain, "ray": ray_serve}
+HAS_RAY = importlib.util.find_spec("ray") is not None
+KINDS = [
+    pytest.param("plain"),
+    pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed")]),
+]
 
 
 @pytest.fixture(scope="session")
