@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrelay.device_profiles import DeviceProfile, load_profile
-from latentrelay.device_profiles.preflight import Predicted, Preflight, preflight
+from latentrelay.device_profiles.preflight import Predicted, Preflight, ladder_dtype, preflight, with_ladders
 from latentrelay.runtime.errors import REFUSED, RequestError
 from latentrelay.tools.console import counting, emit, err, extra, printable, table
 from latentrelay.tools.models import FEW_STEP_STUDENT, OURS, REFERENCE, resolve
@@ -25,6 +25,7 @@ _STEP = {"Conv", "Cos", "Expand", "Gather", "Gelu", "Gemm", "InstanceNormalizati
          "Resize", "Sin", "Slice", "Split", "Sub", "Where"}  # fmt: skip
 _DECODER = {"Conv", "InstanceNormalization", "Resize"}
 _LIGHT_DECODER = {"ConstantOfShape", "Conv", "DepthToSpace", "Div", "Relu", "Resize", "Slice", "Sub", "Tanh"}
+_RUNGS = 3  # of the highest order that a build with predicted steps may choose
 _DYNAMIC = {"Expand", "Range", "Shape", "Slice", "Squeeze"}  # where the batch is not fixed
 
 
@@ -44,8 +45,11 @@ def run(
     cache: Path = Path("runs/latency"),
     profiles: Path | None = None,
     as_json: bool = False,
+    predict: str | None = None,
 ) -> int:
-    """Print the prediction; returns the exit status, 0 or 3. Raises ProfileError, GeometryError, RequestError."""
+    """Print the prediction; returns the exit status, 0 or 3. `predict`: the target of predicted steps, whose ladders
+    are then counted, "auto" as the widest; None: every step is computed. Raises ProfileError, GeometryError,
+    RequestError."""
     profile = load_profile(name, profiles)
     if (geometry is None) == (model is None):
         raise RequestError("one of --geometry and --model is needed", got=[geometry, model], expected="exactly one")
@@ -75,13 +79,34 @@ def run(
             _operators(profile),
             step_ms,
         )
+        kept_in = None
+        if predict is not None:
+            ladders = ladder_shapes(shape, predict)
+            core_ml = profile.backend.name == "coreml"  # whose packages keep them in float32
+            kept_in = "float32" if core_ml else ladder_dtype(profile, predicted, ladders)
+            predicted = with_ladders(predicted, ladders, kept_in)
         verdict = preflight(profile, predicted, max_step_ms=max_step_ms)
         admitted = largest_parameters(budget_of(profile), shape, precision)
     document = _document(profile, shape.name, student, predicted, verdict, result, how, admitted, refusal)
+    if kept_in is not None:
+        document["predicted"] |= {"ladder_mib": round(predicted.ladder_mib, 3), "ladder_dtype": kept_in}
     emit(document, as_json, lambda console: _show(console, profile, document, verdict, result))
     if not verdict.fits:
         err.print(f"[bold red]latentrelay:[/] {printable(document['reason'])}")
     return 0 if verdict.fits else REFUSED
+
+
+def ladder_shapes(shape: Any, target: str) -> list[tuple[int, ...]]:
+    """The widest ladders (rungs, 2, channels, rows, columns) of a build that predicts `target`, one a stream: what is
+    predicted, and the probe where tokens may choose. Raises RequestError."""
+    allowed = ("auto", "whole_output", "deep_feature")
+    if target not in allowed:
+        raise RequestError("unknown target of prediction", got=target, expected=" | ".join(allowed))
+    unet = shape.build_unet()
+    last, first = unet.up_blocks[-1].resnets, unet.down_blocks[0].resnets[0]
+    deep = last[-2].conv2.out_channels if len(last) > 1 else last[-1].conv1.in_channels
+    streams = (int(shape.unet["in_channels"]) if target == "whole_output" else deep, first.conv1.out_channels)
+    return [(_RUNGS, 2, channels, shape.rows, shape.columns) for channels in streams]
 
 
 def _geometry_of(model: str) -> Any:
@@ -244,7 +269,11 @@ def _show(console: Any, profile: DeviceProfile, document: dict[str, Any], verdic
             "the released student" if document["source"] in OURS else "the student that `compress --device` chooses"
         )
         console.print(f"checked: {chosen}, not the whole U-Net of {printable(document['source'])} (--student none)")
-    stages = ", ".join(f"{stage.name} {stage.peak_mib:,.0f} MiB" for stage in result.stages)
+    stages = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in document["predicted"]["memory_mib_by_stage"].items())
+    if "ladder_dtype" in document["predicted"]:
+        stages += (
+            f"; {document['predicted']['ladder_mib']:,.1f} MiB of ladders in {document['predicted']['ladder_dtype']}"
+        )
     ms, how = document["predicted"]["step_ms"], document["predicted"]["step_ms_source"]
     console.print(f"memory by stage: {stages} ({document['predicted']['label']})")
     console.print(f"one guided step: {'unknown' if ms is None else f'{ms:,.0f} ms'}, {printable(how)}")

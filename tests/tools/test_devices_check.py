@@ -8,10 +8,11 @@ from typing import Any
 
 import latentrelay.device_profiles
 import pytest
+import torch
 from latentrelay.device_profiles import load_profile
 from latentrelay.reference.pipeline import reference_path
 from latentrelay.runtime.errors import RequestError
-from latentrelay.tools.devices_check import _operators, run
+from latentrelay.tools.devices_check import _operators, ladder_shapes, run
 
 SHIPPED = Path(latentrelay.device_profiles.__file__).parent
 
@@ -85,3 +86,47 @@ def test_operators_are_those_of_a_bundle(tiny_bundle: Path) -> None:
     for part, path in files.items():
         graph = onnx.load(str(tiny_bundle / f"{path}.onnx"), load_external_data=False).graph
         assert {node.op_type for node in graph.node} <= found[part], part
+
+
+def test_ladders_of_predicted_steps_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    _, plain = check(capsys, "galaxy-s24", geometry="sd14", student="none")
+    _, deep = check(capsys, "galaxy-s24", geometry="sd14", student="none", predict="auto")
+    _, whole = check(capsys, "galaxy-s24", geometry="sd14", student="none", predict="whole_output")
+    assert "ladder_mib" not in plain["predicted"]
+    # two arrays of three rungs and the step's own value, of two branches of 320 channels, for feature and probe
+    assert deep["predicted"]["ladder_dtype"] == "float16"  # SD 1.4 as it is passes the memory anyway
+    assert deep["predicted"]["ladder_mib"] == 2 * (2 * 3 * 2 + 4) * 2 * 320 * 64 * 64 / 2**20
+    steps = [each["predicted"]["memory_mib_by_stage"]["steps"] for each in (plain, deep)]
+    assert steps[1] - steps[0] == pytest.approx(deep["predicted"]["ladder_mib"])
+    assert whole["predicted"]["ladder_mib"] < deep["predicted"]["ladder_mib"]
+    with pytest.raises(RequestError, match="target"):
+        check(capsys, "galaxy-s24", geometry="sd14", student="none", predict="all")
+
+
+def test_ladders_that_fit_are_float32_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    _, document = check(capsys, "galaxy-s24", model="reference", student="none", predict="deep_feature")
+    assert document["predicted"]["ladder_dtype"] == "float32"
+    run("galaxy-s24", geometry=None, model="reference", student="none", predict="deep_feature")
+    assert "MiB of ladders in float32" in " ".join(capsys.readouterr().out.split())
+
+
+def test_ladders_are_those_of_the_exported_graph(tiny: Any, tmp_path: Path) -> None:
+    from latentrelay.compress.geometry import from_folder
+    from latentrelay.export.ladder_memory import widest_ladders
+    from latentrelay.export.onnx_graphs import UNetGraph, export_onnx
+
+    pipeline = tiny.make_pipeline(tmp_path / "parts")
+    pipeline.save_pretrained(tmp_path / "source")
+    shape = from_folder(tmp_path / "source")
+    size = (4, shape.rows, shape.columns)
+    states = torch.zeros(2, pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size)
+    export_onnx(
+        UNetGraph(pipeline.unet),
+        [torch.zeros(2, *size), torch.tensor(1.0), states],
+        tmp_path / "model.onnx",
+        inputs=["sample", "timestep", "encoder_hidden_states"],
+        outputs=["out_sample"],
+        opset=20,
+    )
+    for target, streams in (("deep_feature", ("deep_feature",)), ("whole_output", ("whole_output",))):
+        assert ladder_shapes(shape, target) == widest_ladders(tmp_path / "model.onnx", streams, "P1", size)
