@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,13 @@ from latentrelay.cloud.loading import check_supported, load_pipeline, model_dige
 from latentrelay.cloud.requests import RunRequest, check_limits, invalid_field, wire_version
 from latentrelay.cloud.run_state import RunState, Snapshot
 from latentrelay.cloud.schedules import Schedules
-from latentrelay.cloud.segment_cache import SegmentCache
+from latentrelay.cloud.segment_cache import SegmentCache, read_segment_cache
 from latentrelay.runtime.digest import canonical_json
 from latentrelay.runtime.handoff import WIRE_VERSIONS, Handoff, HandoffMeta, prompt_digest
 from numpy.typing import NDArray
 
 OnStep = Callable[[int, int], None]
+STEP_CACHE = "step_cache.json"
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # requests a call, where the network is compiled for fixed shapes
 _SALTED = {
     *("seed", "guidance", "height", "width", "num_steps", "split", "dtype"),
@@ -96,10 +98,14 @@ class Engine:
     ) -> Engine:
         """Load a hub id, folder or .safetensors file (see loading.py). Raises ModelLoadError, ModelRefusedError.
 
-        channels_last: None takes it on the CPU, where it was measured to pay.
+        channels_last: None takes it on the CPU, where it was measured to pay. step_cache: None takes the schedule in
+        the model's folder (step_cache.json), where there is one; it is used for requests that allow it.
         """
         pipeline = load_pipeline(model, revision=revision, config=config, device=device, dtype=dtype, adapt=adapt)
         last = pipeline.unet.device.type == "cpu" if channels_last is None else channels_last
+        beside = Path(model) / STEP_CACHE
+        if step_cache is None and beside.is_file():
+            step_cache = read_segment_cache(beside)
         return cls(
             pipeline, name=name or model, limits=limits, channels_last=last, compiled=compiled, step_cache=step_cache
         )
@@ -108,6 +114,11 @@ class Engine:
     def unet(self) -> Any:
         """The network, as loaded."""
         return self._pipeline.unet
+
+    @property
+    def step_cache(self) -> SegmentCache | None:
+        """The schedule for requests that allow one, or None."""
+        return self._cache
 
     @property
     def device(self) -> torch.device:

@@ -111,7 +111,7 @@ def test_the_shipped_schedule_beats_its_rivals(measured: Any) -> None:
         for name, row in each.items():
             if name != "fewer solver steps":  # as good, but the device's tables are for another grid
                 assert shipped["handoff_snr_db"] >= row["handoff_snr_db"], name
-        assert shipped["handoff_snr_db"] > 35
+        assert shipped["handoff_snr_db"] > 30
     schedule = read_segment_cache(path / "step_cache.json")
     assert schedule.computed == placements(16)["every other, straight line"][0]
     assert (schedule.order, schedule.model_digest) == (1, engine.digest)

@@ -100,6 +100,17 @@ def test_in_a_batch_skipped_steps_cost_the_others_nothing(cached: Any, batching:
         assert abs(handoff.latents - alone.latents).max() < 1e-3 * abs(alone.latents).max()
 
 
+def test_a_schedule_beside_the_model_is_taken(tiny: Any, tmp_path: Path) -> None:
+    folder = tiny.save_pipeline(tiny.make_pipeline(tmp_path / "work"), tmp_path / "folder")
+    assert Engine.load(str(folder)).step_cache is None
+    schedule = {"schema_version": "1.0", "sampler": "dpmsolver++", "num_steps": 6, "computed": [0, 2]}
+    (folder / "step_cache.json").write_text(json.dumps(schedule))
+    cache = Engine.load(str(folder)).step_cache
+    assert cache is not None
+    assert cache.computed == (0, 2)
+    assert Engine.load(str(folder), step_cache=EVERY_OTHER).step_cache == EVERY_OTHER
+
+
 def test_a_schedule_is_read_strictly(tmp_path: Path) -> None:
     good = {"schema_version": "1.0", "sampler": "dpmsolver++", "num_steps": 6, "computed": [0, 2], "order": 1}
     path = tmp_path / "schedule.json"
