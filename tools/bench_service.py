@@ -11,6 +11,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def measure(
         baseline = stack.enter_context(server("baseline", common, threads))
         ours = stack.enter_context(server("ours", [*common, "--queue", str(max(64, 2 * clients))], threads))
         loop = stack.enter_context(Static(model, threads, num_steps, split)) if static else None
-        told = _capabilities(ours.url)
+        told = capabilities(ours.url)
         asked = {"num_steps": num_steps, "split": split, "guidance": 4.0}
         asked |= {"height": told["default_height"], "width": told["default_width"]}
         requests = Requests("bench", **asked)
@@ -91,7 +92,7 @@ def measure(
             run_load(each.url, Requests(f"warm {each.name}", **asked), min(2, clients), each=1)
         batch = best_batch(loop, clients) if loop else None
         agreement = agreement_db(ours.url, baseline.url, asked)
-        before, warm = _steps_made(ours.url), None
+        before, warm = steps_made(ours.url), None
         done: list[Round] = []
         for turn in range(rounds):
             advance(f"round {turn + 1} of {rounds}", 1)
@@ -99,7 +100,7 @@ def measure(
             sides = {each.name: _side(each, requests, clients, seconds / (2 * rounds)) for each in (first, second)}
             warm = sides["ours"].rss_mib if warm is None else warm
             done.append(Round(sides["ours"], sides["baseline"], loop.per_second(batch) if loop and batch else None))
-        made = _steps_made(ours.url)
+        made = steps_made(ours.url)
         advance("overhead", 1)
         overhead = overhead_ms(ours, asked)
     counted = figures(done, threads)
@@ -161,9 +162,9 @@ def overhead_ms(each: ServerProcess, asked: dict[str, Any], count: int = OVERHEA
 def agreement_db(ours: str, baseline: str, asked: dict[str, Any]) -> float:
     """SNR in dB of our handoff against the baseline's latents for one prompt and seed, both in float16: whether both
     sides do the same work. Raises RequestError below 30 dB."""
-    body = json.dumps({"prompt": "a red circle left of a blue square", "negative_prompt": "", "seed": 1, **asked})
-    got = Handoff.from_bytes(_posted(ours, body)).latents.astype(np.float64)
-    expected = np.frombuffer(_posted(baseline, body), np.float16).reshape(got.shape).astype(np.float64)
+    body = {"prompt": "a red circle left of a blue square", "negative_prompt": "", "seed": 1, **asked}
+    got = Handoff.from_bytes(posted(ours, body)).latents.astype(np.float64)
+    expected = np.frombuffer(posted(baseline, body), np.float16).reshape(got.shape).astype(np.float64)
     error = float(np.sum((got - expected) ** 2))
     found = 10 * math.log10(float(np.sum(expected**2)) / error) if error else EQUAL_DB
     if found < LEAST_DB:
@@ -171,9 +172,10 @@ def agreement_db(ours: str, baseline: str, asked: dict[str, Any]) -> float:
     return round(min(found, EQUAL_DB), 1)
 
 
-def _posted(url: str, body: str) -> bytes:
+def posted(url: str, body: Mapping[str, Any]) -> bytes:
+    """The answer to one request that waits for its blob."""
     headers = {"Content-Type": "application/json", "Prefer": "wait"}
-    with urlopen(UrlRequest(f"{url}/v1/handoffs", body.encode(), headers), timeout=600) as answer:
+    with urlopen(UrlRequest(f"{url}/v1/handoffs", json.dumps(body).encode(), headers), timeout=600) as answer:
         data: bytes = answer.read()
     return data
 
@@ -185,13 +187,14 @@ def _side(each: ServerProcess, requests: Requests, clients: int, seconds: float)
     return Side(load, None if before is None or after is None else after - before, each.rss_mib())
 
 
-def _capabilities(url: str) -> dict[str, Any]:
+def capabilities(url: str) -> dict[str, Any]:
+    """What the service says of itself."""
     with urlopen(f"{url}/v1/capabilities", timeout=60) as answer:
         document: dict[str, Any] = json.load(answer)
     return document
 
 
-def _steps_made(url: str) -> float | None:
+def steps_made(url: str) -> float | None:
     """Denoising steps that the service says it made, each request's counted."""
     with urlopen(UrlRequest(f"{url}/metrics"), timeout=60) as answer:
         found = _STEPS.search(answer.read().decode())
