@@ -47,7 +47,7 @@ def overhead(model: Path, measured: Callable[[str, dict[str, Any]], Path]) -> It
             figures[name] = overhead_ms(service, asked, 100)
             if name == "tiny":
                 figures["bytes"] = {
-                    "latents": _blob_bytes(service.url, large, 2, num_steps=2),
+                    "latents": _blob_bytes(service.url, large, 25),
                     "latents_and_memory": _blob_bytes(service.url, large, 2),
                 }
                 figures["beside_engine_ms"] = _beside_engine(service.url, model, asked)
@@ -56,7 +56,7 @@ def overhead(model: Path, measured: Callable[[str, dict[str, Any]], Path]) -> It
     return figures
 
 
-def _blob_bytes(url: str, asked: dict[str, Any], split: int, num_steps: int = 25) -> int:
+def _blob_bytes(url: str, asked: dict[str, Any], split: int) -> int:
     """Bytes of a real answer that a client which reads everything gets: with memory, but for a run that is done."""
     from latentrelay.tools.bench_service import posted
 
@@ -66,7 +66,7 @@ def _blob_bytes(url: str, asked: dict[str, Any], split: int, num_steps: int = 25
     data = posted(url, request.to_dict())
     handoff = Handoff.from_bytes(data)
     assert handoff.latents.shape == (1, 4, 64, 64)
-    assert (handoff.x0_prev is not None) == (split < num_steps)
+    assert (handoff.x0_prev is not None) == (split < 25)
     return len(data)
 
 
