@@ -97,16 +97,15 @@ def _points(
 
 
 def _bars(axis: Any, front: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None) -> None:
-    """Where the time goes, fastest on top. What the device does while the cloud works is not on the way: left out."""
+    """Where the time goes, fastest on top."""
     shown = list(reversed(front))
     left = [0.0] * len(shown)
     for part, (label, colour) in PARTS.items():
-        hidden = [part in row["overlapped"] for row in shown]
-        widths = [0.0 if hide else row["latency_parts_ms"][part] / 1e3 for row, hide in zip(shown, hidden, strict=True)]
+        widths = [row["latency_parts_ms"][part] / 1e3 for row in shown]
         axis.barh(range(len(shown)), widths, left=left, color=colour, label=label, height=0.75)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axis.set_yticks(range(len(shown)), [("> " if row == chosen else "") + _name(row) for row in shown], fontsize=7)
-    axis.set_xlabel("s; what the device does while the cloud works is not drawn")
+    axis.set_xlabel("latency of a picture by its parts, s")
 
 
 def _leading(value: float) -> int:

@@ -1,7 +1,8 @@
 """The rows of a plan: every split x precision x mask x network, with its latency in parts, its cost and its quality.
 
-In: options (what a device could run), networks, the cloud and the price. Out: `Row`s. The device encodes the prompt
-while the cloud works, so the longer of the two counts; everything else follows one after another.
+In: options (what a device could run), networks, the cloud and the price. Out: `Row`s. The parts follow one after
+another, as in runtime's `generate`; an app may encode the prompt while the cloud works, and `overlapped_ms` says what
+it gets then.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from latentrelay.tools.plan_evidence import Evidence, Quality, Setting
 from latentrelay.tools.plan_times import DeviceTimes
 from latentrelay.tools.plan_wire import handoff_bytes, request_bytes
 
-OVERLAPS = ("text_encoder",)
+OVERLAPS = ("text_encoder",)  # what a device can do while the cloud works
 ALL_COMPUTED = "all computed"
 OFFLINE = "offline"
 
@@ -69,13 +70,15 @@ class Option:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One combination. `parts` are milliseconds and `total_ms` counts overlaps once; `cost` None without a price."""
+    """One combination. `parts` are milliseconds, `total_ms` their sum, and `overlapped_ms` what is left of it where the
+    prompt is encoded while the cloud works; `cost` None without a price."""
 
     option: Option
     mask: Mask
     network: Network
     parts: dict[str, float]
     total_ms: float
+    overlapped_ms: float
     cloud_ms: float
     cost: float | None
     up_bytes: int
@@ -104,7 +107,8 @@ class Row:
             "network": self.network.name,
             "latency_ms": round(self.total_ms, 3),
             "latency_parts_ms": {name: round(ms, 3) for name, ms in self.parts.items()},
-            "overlapped": list(OVERLAPS) if 0 < self.split < self.option.num_steps else [],
+            "can_overlap": list(OVERLAPS) if 0 < self.split < self.option.num_steps else [],
+            "latency_overlapped_ms": round(self.overlapped_ms, 3),
             "cloud_ms": round(self.cloud_ms, 3),
             "cost": None if self.cost is None else round(self.cost, 9),
             "up_bytes": self.up_bytes,
@@ -185,6 +189,7 @@ def _row(
         mask,
         network,
         parts,
+        away + device,
         max(away, text) + steps_ms + times.decode_ms,
         parts["cloud_steps"],
         None if price is None else price.of(split, cloud),

@@ -47,7 +47,7 @@ def _verdict(console: Console, choice: Mapping[str, Any]) -> None:
 
 def _sources(console: Console, document: Mapping[str, Any]) -> None:
     console.print(
-        "Seconds: all, cloud (queue and steps), wire, device (steps and decode). Accuracy: points less than all steps "
+        "Seconds: all, cloud (queue and steps), wire, device (prompt, steps, decode). Accuracy: points less than all steps "
         "in the cloud, the 95 % interval; (parts): differences that were measured apart on the same captions, added up."
     )
     hidden = sum(1 for row in document["rows"] if row["quality"]["accuracy_difference"] is None)
@@ -60,12 +60,12 @@ def _sources(console: Console, document: Mapping[str, Any]) -> None:
         console.print(f"Device: {label}: {printable(source)}.")
     for link in document["networks"]:
         console.print(f"Network {link['name']}: {link['label']}: {printable(link['source'])}.")
-    console.print("The device encodes the prompt while the cloud works; the longer of the two counts.")
+    console.print("Parts follow one after another; encoding the prompt while the cloud works would save its time.")
 
 
 def _cells(row: Mapping[str, Any], chosen: bool) -> list[str]:
     parts, quality = row["latency_parts_ms"], row["quality"]
-    here = parts["device_steps"] + parts["decode"] + (0 if row["overlapped"] else parts["text_encoder"])
+    here = parts["text_encoder"] + parts["device_steps"] + parts["decode"]
     interval = quality["accuracy_difference_95"]
     accuracy = "?" if interval is None else f"{100 * interval[0]:+.1f} {100 * interval[1]:+.1f}"
     return [

@@ -60,9 +60,7 @@ def _blob_bytes(url: str, asked: dict[str, Any], split: int) -> int:
     """Bytes of a real answer that a client which reads everything gets: with memory, but for a run that is done."""
     from latentrelay.tools.bench_service import posted
 
-    request = HandoffRequest(
-        "a red circle", split=split, seed=2**31 - 1, wire_versions=("1.1", "1.0"), **{**asked, "num_steps": num_steps}
-    )
+    request = HandoffRequest("a red circle", split=split, seed=2**31 - 1, wire_versions=("1.1", "1.0"), **asked)
     data = posted(url, request.to_dict())
     handoff = Handoff.from_bytes(data)
     assert handoff.latents.shape == (1, 4, 64, 64)

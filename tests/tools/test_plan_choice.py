@@ -21,7 +21,7 @@ def row(total_s: float, cost: float, loss: float | None, width: float = 0.0) -> 
     interval = (-loss, -loss + width) if loss is not None else None
     quality = Quality(MEASURED if known else UNMEASURED, "a test", -loss if loss is not None else None, interval)
     return Row(
-        OPTION, Mask(0, "all computed", 4, 0), NETWORKS["4g"], {}, 1e3 * total_s, cost, cost, 0, 0, quality
+        OPTION, Mask(0, "all computed", 4, 0), NETWORKS["4g"], {}, 1e3 * total_s, 0.0, cost, cost, 0, 0, quality
     )  # fmt: skip
 
 
