@@ -107,8 +107,9 @@ def problem_error(status: int, problem: Mapping[str, Any], wait_s: float | None 
     """The error behind a status and a problem document."""
     detail = str(problem.get("detail") or problem.get("title") or "no detail was given").rstrip(".")[:500]
     if status in _BUSY or status >= 500:
+        kind = _kind(problem, "busy" if status in _BUSY else "broken")
         return CloudUnavailableError(
-            f"the cloud cannot serve now ({status}): {detail}", kind=_kind(problem), retry_after_s=wait_s, do=ALONE
+            f"the cloud cannot serve now ({status}): {detail}", kind=kind, retry_after_s=wait_s, do=ALONE
         )
     if status == 410 or (status == 404 and _kind(problem) == "unknown-handoff"):
         kind = _kind(problem)
@@ -128,9 +129,9 @@ def worth_asking_again(error: CloudError) -> bool:
     return error.kind in _TEMPORARY_KINDS or error.retry_after_s is not None
 
 
-def _kind(problem: Mapping[str, Any]) -> str:
+def _kind(problem: Mapping[str, Any], otherwise: str = "gone") -> str:
     kind = str(problem.get("type", "")).removeprefix(PROBLEM_PREFIX)
-    return kind if re.fullmatch(r"[a-z0-9-]{1,40}", kind) else "busy"
+    return kind if re.fullmatch(r"[a-z0-9-]{1,40}", kind) else otherwise
 
 
 def etag_of(headers: Mapping[str, str]) -> str | None:

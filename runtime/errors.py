@@ -124,8 +124,8 @@ class CloudUnavailableError(CloudError):
     """The cloud could not be reached, timed out, or answered 5xx or 429; the device can run all steps itself.
 
     `.kind` is a short code: "unreachable" (no connection), "dropped" (one that was cut), "timeout" (too late), or the
-    kind of the cloud's problem document ("queue-full", "deadline-passed", ...; "busy" without one). `.retry_after_s` is
-    what the cloud asked for, None where it said nothing.
+    kind of the cloud's problem document ("queue-full", "deadline-passed", ...; "busy" or "broken" without one).
+    `.retry_after_s` is what the cloud asked for, None where it said nothing.
     """
 
     def __init__(

@@ -93,18 +93,25 @@ def test_a_cloud_of_another_model(
 
 @contextmanager
 def replaying(data: bytes) -> Iterator[str]:
-    """A server that answers every request with `data` as a handoff, its digest right."""
+    """A server of version 1.0 that answers every request with `data` as a handoff, its digest right."""
     digest = hashlib.sha256(data).digest()
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer("application/json", b'{"wire_versions":["1.0"]}')
+
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["content-length"]))
+            self._answer(MEDIA_TYPE, data, f"sha-256=:{base64.b64encode(digest).decode()}:")
+
+        def _answer(self, media_type: str, body: bytes, digest: str | None = None) -> None:
             self.send_response(200)
-            self.send_header("Content-Type", MEDIA_TYPE)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("Repr-Digest", f"sha-256=:{base64.b64encode(digest).decode()}:")
+            self.send_header("Content-Type", media_type)
+            self.send_header("Content-Length", str(len(body)))
+            if digest is not None:
+                self.send_header("Repr-Digest", digest)
             self.end_headers()
-            self.wfile.write(data)
+            self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
             pass
