@@ -32,11 +32,11 @@ def problem_response(problem: ProblemError) -> Response:
     return Response(body, problem.status, headers=headers, media_type=PROBLEM_MEDIA_TYPE)
 
 
-def document_response(document: dict[str, Any], headers: Mapping[str, str]) -> Response:
+def document_response(document: Mapping[str, Any], headers: Mapping[str, str]) -> Response:
     """An error document that was made before, as the answer with its own status."""
     status = int(document["status"])
     more = {"Cache-Control": "no-store", **(retry_after(1) if status == 503 else {}), **headers}
-    return Response(json.dumps(document, ensure_ascii=False).encode(), status, more, PROBLEM_MEDIA_TYPE)
+    return Response(json.dumps(dict(document), ensure_ascii=False).encode(), status, more, PROBLEM_MEDIA_TYPE)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from latentrelay.cloud.errors import ProblemError
 from latentrelay.cloud.store import Store
@@ -25,13 +26,15 @@ _TRIES = 20
 class Usage:
     """The counters of one service, by caller's name. Safe to use from several threads.
 
-    `clock` gives seconds that never go back; `wall` gives seconds since 1970 and only chooses the day.
+    `open_jobs` is for callers that have no such limit of their own. `clock` gives seconds that never go back; `wall`
+    gives seconds since 1970 and only chooses the day.
     """
 
     def __init__(
         self,
         store: Store | None = None,
         *,
+        open_jobs: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -39,6 +42,24 @@ class Usage:
         self._lock = threading.Lock()
         self._buckets: dict[str, tuple[float, float]] = {}
         self._steps: dict[tuple[str, int], int] = {}
+        self._open_jobs = open_jobs
+        self._turns: dict[str, threading.Lock] = {}
+
+    def most_jobs(self, caller: Caller) -> int | None:
+        """How many unfinished jobs the caller may have; None is unlimited."""
+        return self._open_jobs if caller.limits.open_jobs is None else caller.limits.open_jobs
+
+    @contextmanager
+    def turn(self, caller: Caller) -> Iterator[None]:
+        """One at a time for a caller with a limit of open jobs: between counting them and adding one, no other adds
+        one here. Replicas do not wait for each other: together they may pass the limit by one job each."""
+        if self.most_jobs(caller) is None:
+            yield
+            return
+        with self._lock:
+            turn = self._turns.setdefault(caller.name, threading.Lock())
+        with turn:
+            yield
 
     def request(self, caller: Caller) -> None:
         """Count one request. Raises ProblemError 429 `rate-limited`."""
@@ -63,7 +84,7 @@ class Usage:
         the job is not taken on after all.
         """
         self.request(caller)
-        most = caller.limits.open_jobs
+        most = self.most_jobs(caller)
         if most is not None and open_jobs >= most:
             raise _refused("too-many-jobs", f"At most {most} unfinished jobs for this token.", most, 1.0)
         self._take_steps(caller, steps)

@@ -7,9 +7,10 @@ while it waits ends its job only where it gave no Idempotency-Key: with one it c
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
-from latentrelay.cloud import events
+from latentrelay.cloud import events, logs
 from latentrelay.cloud.blob_response import blob_response, whole_blob
 from latentrelay.cloud.errors import ProblemError, RefusedError
 from latentrelay.cloud.http import (
@@ -24,12 +25,15 @@ from latentrelay.cloud.http import (
     require_json,
     retry_after,
 )
+from latentrelay.cloud.job_record import job_id
 from latentrelay.cloud.jobs import Accepted, JobStatus
 from latentrelay.cloud.requests import RunRequest, parse_request
 from latentrelay.cloud.service import Service, not_ready
+from latentrelay.cloud.tokens import Caller
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+_log = logging.getLogger("latentrelay.cloud")
 _UNFINISHED = ("queued", "running")
 _GONE = {
     "cancelled": "The job was cancelled; there is no result.",
@@ -60,15 +64,21 @@ class HandoffRoutes:
         headers = {"Location": f"/v1/handoffs/{job.id}", "Latentrelay-Job": job.id}
         if job.replayed:
             headers["Idempotency-Replayed"] = "true"
+        if service.options.log_prompts:
+            logs.event(_log, "prompt", job=job.id, prompt=wanted.prompt, negative_prompt=wanted.negative_prompt)
         try:
             status = await self._awaited(request, job.id, wanted_wait)
+            headers |= _applied(wanted_wait)
+            if wanted_wait.wait_s is None:
+                return _status_response(status, 202, headers)
+            return await self._as_blob(request, job.id, status, headers)
         except ClientDisconnect:
             if key is None:
                 await asyncio.to_thread(service.board.cancel, job.id, request.state.caller.name)
             raise
-        if wanted_wait.wait_s is None:
-            return _status_response(status, 202, {**headers, **_applied(wanted_wait)})
-        return await self._as_blob(request, job.id, status, {**headers, **_applied(wanted_wait)})
+        except ProblemError as problem:  # whatever went wrong, the client learns which job it was about
+            problem.headers = {**headers, **problem.headers}
+            raise
 
     async def show(self, request: Request) -> Response:
         """The job as events, as its status or as its blob, by Accept."""
@@ -93,17 +103,34 @@ class HandoffRoutes:
     def _accept(self, request: Request, wanted: RunRequest, body: bytes, key: str | None) -> Accepted:
         """Count it and take it on; what is refused afterwards, or was there before, is not counted."""
         service, caller = self._service, request.state.caller
-        limited = caller.limits.open_jobs is not None
-        held = service.board.open_jobs(caller.name) if limited else 0
-        service.usage.admit(caller, wanted.split, open_jobs=held)
-        try:
-            job = service.board.accept(wanted, body, owner=caller.name, key=key, trace=request.state.trace.header())
-        except (ProblemError, RefusedError):
-            service.usage.refund(caller, wanted.split)
-            raise
-        if job.replayed:
-            service.usage.refund(caller, wanted.split)
+        trace = request.state.trace.header()
+        with service.usage.turn(caller):
+            counted = key is None or not self._known(caller, key)
+            if counted:
+                held = service.board.open_jobs(caller.name) if service.usage.most_jobs(caller) is not None else 0
+                service.usage.admit(caller, wanted.split, open_jobs=held)
+            else:  # asked for again: the answer it has a right to, whatever was used since
+                service.usage.request(caller)
+            try:
+                job = service.board.accept(wanted, body, owner=caller.name, key=key, trace=trace)
+            except (ProblemError, RefusedError):
+                if counted:
+                    service.usage.refund(caller, wanted.split)
+                raise
+            if counted and job.replayed:
+                service.usage.refund(caller, wanted.split)
         return job
+
+    def _known(self, caller: Caller, key: str) -> bool:
+        """Whether this caller has sent this key before; looked up only where it makes a difference."""
+        usage = self._service.usage
+        if caller.limits.steps_per_day is None and usage.most_jobs(caller) is None:
+            return False
+        try:
+            self._service.board.status(job_id(caller.name, key), caller.name)
+        except ProblemError:
+            return False
+        return True
 
     async def _awaited(self, request: Request, job: str, asked: Preference) -> JobStatus:
         """The job's status, when it has ended or the client's wait has. Raises ClientDisconnect if it goes away."""

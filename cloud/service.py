@@ -75,7 +75,7 @@ class Service:
             self._folder = tempfile.mkdtemp(prefix="latentrelay-jobs-")
         self._store = self._given if self._given is not None else FolderStore(Path(self._folder or ""), durable=False)
         options = self.options
-        self._usage = Usage(self._store)
+        self._usage = Usage(self._store, open_jobs=options.open_jobs)
         self._board = JobBoard(
             self._store,
             self.batcher,

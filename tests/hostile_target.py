@@ -19,11 +19,17 @@ from typing import Any
 
 import httpx
 
-TOKENS = {"alice": "alice-hush-7f1c", "bob": "bob-hush-91aa", "meagre": "meagre-hush-03bd"}
+TOKENS = {
+    "alice": "alice-hush-7f1c",
+    "bob": "bob-hush-91aa",
+    "meagre": "meagre-hush-03bd",
+    "narrow": "narrow-hush-55e0",
+}
 LIMITS = {"connections": 64, "head_s": 2.0, "body_s": 2.0, "idle_s": 3.0, "drain_s": 2.0, "drain_bytes_per_s": 1e6}
 TOKENS_TOML = "".join(
     f'[[token]]\nname = "{name}"\ntoken = "{token}"\n'
-    + ("requests_per_minute = 5\nopen_jobs = 1\nsteps_per_day = 6\n" if name == "meagre" else "")
+    + ("requests_per_minute = 7\nsteps_per_day = 6\n" if name == "meagre" else "")
+    + ("open_jobs = 1\n" if name == "narrow" else "")
     for name, token in TOKENS.items()
 )
 SCRIPT = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -205,6 +206,8 @@ def test_quotas_hold_and_say_when_to_come_back(target: Any) -> None:
             return http.post("/v1/handoffs", json=BODY, headers={"Prefer": "wait=60", "Idempotency-Key": key})
 
         assert [ask(key).status_code for key in ("a", "b", "c")] == [200, 200, 200]
+        again = ask("a")  # what was accepted once is answered again, whatever was used since
+        assert (again.status_code, again.headers["idempotency-replayed"]) == (200, "true")
         used = ask("d")
         refused(used, 429, kind="quota-used")
         assert int(used.headers["retry-after"]) > 1
@@ -269,3 +272,33 @@ def test_prefer_and_accept_garbage(http: httpx.Client) -> None:
     for value in ("*/*;q=2", "a/b", ";;;", "*/*;q=" + "9" * 5000, "a, " * 2000 + "b", "application/json;q=NaN"):
         response = http.get(f"/v1/handoffs/{JOB}", headers={"Accept": value})
         refused(response, 404, 406)
+
+
+def test_open_jobs_are_counted_one_at_a_time(target: Any) -> None:
+    """Requests that arrive together do not pass the limit together, and the open one may be asked for again."""
+    long = {**BODY, "num_steps": 200, "split": 200, "height": 128, "width": 128, "deadline_ms": 3_600_000}
+    answers: list[httpx.Response] = []
+    with target.client("narrow") as http:
+
+        def ask(key: str) -> None:
+            answers.append(http.post("/v1/handoffs", json=long, headers={"Idempotency-Key": key}))
+
+        threads = [threading.Thread(target=ask, args=(str(row),)) for row in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        taken = [each for each in answers if each.status_code == 202]
+        assert len(taken) == 1, [each.text for each in answers]
+        for other in answers:
+            if other.status_code != 202:
+                refused(other, 429, kind="too-many-jobs")
+                assert int(other.headers["retry-after"]) >= 1
+        key = taken[0].request.headers["idempotency-key"]
+        answers.clear()
+        ask(key)
+        assert (answers[0].status_code, answers[0].headers["idempotency-replayed"]) == (202, "true")
+        assert http.delete(taken[0].headers["location"]).status_code == 200
+        ask("next")
+        assert answers[1].status_code == 202
+        assert http.delete(answers[1].headers["location"]).status_code == 200
