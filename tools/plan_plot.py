@@ -24,6 +24,7 @@ PARTS = {
     "decode": ("device: decode", "#006d2c"),
 }
 _COLOURS = matplotlib.colormaps["tab20"]
+_WIDE = 12.0  # times the fastest row: from there on the axis is logarithmic
 _MARKERS = "osv^D<>pXPh"
 
 
@@ -89,9 +90,11 @@ def _points(
             label="accuracy not measured",
         )  # fmt: skip
     axis.axhline(0.0, color="0.4", linestyle="--", linewidth=0.8)
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if _leading(value) in (2, 5) else ""))
+    seconds = [row["latency_ms"] / 1e3 for row in rows]
+    if seconds and max(seconds) > _WIDE * min(seconds):
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if _first(value) in (2, 5) else ""))
     axis.set_xlabel("latency of a picture, s")
     axis.set_ylabel("attribute accuracy less all-cloud, points (95 %)")
 
@@ -108,7 +111,7 @@ def _bars(axis: Any, front: Sequence[Mapping[str, Any]], chosen: Mapping[str, An
     axis.set_xlabel("latency of a picture by its parts, s")
 
 
-def _leading(value: float) -> int:
+def _first(value: float) -> int:
     return int(f"{value:e}"[0])
 
 

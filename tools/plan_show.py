@@ -47,8 +47,8 @@ def _verdict(console: Console, choice: Mapping[str, Any]) -> None:
 
 def _sources(console: Console, document: Mapping[str, Any]) -> None:
     console.print(
-        "Seconds: all, cloud (queue and steps), wire, device (prompt, steps, decode). Accuracy: points less than all steps "
-        "in the cloud, the 95 % interval; (parts): differences that were measured apart on the same captions, added up."
+        "Seconds: all, cloud (queue and steps), wire, device (prompt, steps, decode). Accuracy: points less than all "
+        "steps in the cloud, the 95 % interval; (parts): differences measured apart on the same captions, added up."
     )
     hidden = sum(1 for row in document["rows"] if row["quality"]["accuracy_difference"] is None)
     if hidden:
