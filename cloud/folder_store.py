@@ -365,19 +365,21 @@ def _write_all(handle: int, data: bytes) -> None:
 
 
 def _stamp(path: Path) -> Stamp | None:
-    try:
-        status = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
+    with _translated():
+        try:
+            status = os.stat(path, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
     return (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _is_at(handle: int, path: Path) -> bool:
     """Whether the open file is still the one at `path`."""
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
+    with _translated():
+        try:
+            return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
 
 
 def _removed(path: Path) -> bool:

@@ -125,7 +125,6 @@ class LiveJobs:
         ticket = self._runs.submit(live.request, deadline_s=record.left_s(), on_step=partial(self._stepped, live))
         live.ticket = ticket
         live.settled.set()
-        self._work.put(partial(self._note, live))
         ticket.future.add_done_callback(lambda future: self._work.put(partial(self._finish, live, future)))
         if live.ended is not None:  # cancelled between the record and the ticket
             ticket.cancel()
@@ -199,6 +198,13 @@ class LiveJobs:
                 except Exception as error:
                     self.fail(live, problem_of(error))
 
+    def note_waiting(self) -> None:
+        """Tell the other replicas of jobs that were taken on and have not begun."""
+        for live in self.all():
+            if live.noted_s < 0 and live.ticket is not None:
+                live.noted_s = 0.0
+                self._note(live)
+
     def hand_back(self) -> None:
         """Give what waits to whoever takes it: nobody is its runner any more."""
         for live in self.all():
@@ -253,8 +259,9 @@ class LiveJobs:
         self._bell.ring(live.entry.record.id, step=True)
 
     def _note(self, live: LiveJob) -> None:
-        if live.ended is None and self._jobs.get(live.entry.record.id) is live:
-            self._ledger.note_progress(live.entry.record.id, live.entry.record.runner, live.step)
+        with live.lock:  # so that a note is never older than the one before, and none comes after the end
+            if live.ended is None and self._jobs.get(live.entry.record.id) is live:
+                self._ledger.note_progress(live.entry.record.id, live.entry.record.runner, live.step)
 
     def _finish(self, live: LiveJob, future: Future[Handoff]) -> None:
         """On the writer's thread, when a run has ended however it did."""

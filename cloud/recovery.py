@@ -79,6 +79,7 @@ class Recovery:
     def poll(self) -> None:
         """Everything that is due now. Raises what the store raises."""
         self._me.hold()
+        self._live.note_waiting()
         self._watch()
         self._read_cancel_notes()
         now = time.monotonic()

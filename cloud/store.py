@@ -75,7 +75,7 @@ class Store(Protocol):
         """Write the record durably if its bytes are `expected`; else False. No other change can come between."""
 
     def put(self, kind: str, key: str, data: bytes) -> None:
-        """Write the record whatever was there; a power failure may undo it."""
+        """Write the record whatever was there; a power failure may undo it. Not for records that `replace` changes."""
 
     def delete(self, kind: str, key: str, *, expected: bytes | None = None) -> bool:
         """Remove the record (if its bytes are `expected`); whether it was removed."""
