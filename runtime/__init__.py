@@ -7,11 +7,10 @@ transformers or onnx.
     generate("bundle", "a red circle", seed=7, cloud="http://127.0.0.1:8000", split=10).save_png("out.png")
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from latentrelay.runtime.bundle import Bundle
-from latentrelay.runtime.cloud_client import CloudClient
-from latentrelay.runtime.degrade import Degradation, DeviceState
 from latentrelay.runtime.errors import LatentRelayError
 from latentrelay.runtime.generate import Result, generate
 from latentrelay.runtime.handoff import MEDIA_TYPE, Handoff, HandoffMeta
@@ -24,6 +23,8 @@ from latentrelay.runtime.step_loop import StepEvent
 
 if TYPE_CHECKING:
     from latentrelay.runtime.async_cloud_client import AsyncCloudClient
+    from latentrelay.runtime.cloud_client import CloudClient
+    from latentrelay.runtime.degrade import Degradation, DeviceState
 
 __all__ = [
     "MEDIA_TYPE",
@@ -46,10 +47,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`AsyncCloudClient` is imported when it is asked for: asyncio takes as long as everything else here together."""
-    if name != "AsyncCloudClient":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from latentrelay.runtime.async_cloud_client import AsyncCloudClient
+_WHEN_ASKED_FOR = {
+    "AsyncCloudClient": "async_cloud_client",
+    "CloudClient": "cloud_client",
+    "Degradation": "degrade",
+    "DeviceState": "degrade",
+}
 
-    return AsyncCloudClient
+
+def __getattr__(name: str) -> Any:
+    """What talks to a cloud is imported when it is asked for; a device on its own starts without it."""
+    if name not in _WHEN_ASKED_FOR:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHEN_ASKED_FOR[name]}"), name)

@@ -19,20 +19,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from latentrelay.runtime.bundle import Bundle
-from latentrelay.runtime.cloud_client import CloudClient
-from latentrelay.runtime.cloud_protocol import OnPreview, OnProgress
-from latentrelay.runtime.degrade import Degradation, DevicePart, DeviceState, device_part
 from latentrelay.runtime.errors import RequestError, RunCancelledError
 from latentrelay.runtime.handoff import Handoff
 from latentrelay.runtime.picture import save_png, to_image
 from latentrelay.runtime.prediction_check import FULL, PREDICTED, STEP_FULL
-from latentrelay.runtime.preview import Preview, project
 from latentrelay.runtime.session import Session, check_guidance
-from latentrelay.runtime.start import Start, Wish, begin
 from latentrelay.runtime.step_loop import RECOMPUTED, StepEvent
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what belongs to clouds, ladders and previews is imported when it is used
+    from latentrelay.runtime.cloud_client import CloudClient
+    from latentrelay.runtime.cloud_protocol import OnPreview, OnProgress
+    from latentrelay.runtime.degrade import Degradation, DevicePart, DeviceState
+    from latentrelay.runtime.start import Start, Wish
     from PIL.Image import Image
 
 STAGES = ("handoff", "load", "text_encoder", "steps", "first_step", "decode", "total")
@@ -135,6 +134,8 @@ def generate(
     bundle can. Raises RequestError, BundleError, HandoffError, SessionError, CloudError (a cloud out of reach only with
     `fallback=False`), RunCancelledError.
     """
+    from latentrelay.runtime.start import Wish
+
     clock = _Clock()
     with clock.stage("total"):
         if isinstance(source, Session):
@@ -206,6 +207,8 @@ class _Run:
 
     def begin(self, wish: Wish, split: int | None, cloud: CloudClient | str | None, handoff: Handoff | None) -> Start:
         """Where the device's part begins; time spent on a cloud is the stage "handoff"."""
+        from latentrelay.runtime.start import begin
+
         if wish.guidance is not None and not 1.0 <= wish.guidance < math.inf:
             raise RequestError(
                 "guidance is out of range", got=wish.guidance, expected="a finite number >= 1", do="1 is no guidance."
@@ -269,6 +272,8 @@ class _Run:
 
     def _part(self, first_step: int) -> DevicePart:
         """How the device's steps run, by its state now."""
+        from latentrelay.runtime.degrade import DevicePart, device_part
+
         if self.device_state is None:
             return DevicePart(self.predict)
         return device_part(
@@ -283,6 +288,8 @@ class _Run:
         spec = self.session.manifest.preview
         if self.on_preview is None or spec is None:
             return
+        from latentrelay.runtime.preview import Preview, project
+
         latents = event.latents if event.x0_prev is None else event.x0_prev
         rgb = project(latents, spec.factors, spec.bias)
         self.on_preview(Preview(rgb, event.step + 1, event.num_steps, "device"))

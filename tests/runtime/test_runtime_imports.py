@@ -31,6 +31,7 @@ def test_every_module_imports_without_torch() -> None:
 
 def test_import_is_light() -> None:
     heavy = [*BLOCKED, "onnxruntime", "httpx", "PIL", "tokenizers", "safetensors", "pydantic", "cryptography"]
+    heavy += ["tenacity", "asyncio", "latentrelay.runtime.cloud_client"]
     code = f"import sys, latentrelay.runtime; print([name for name in {heavy!r} if name in sys.modules])"
     assert run(code) == "[]\n"
 
