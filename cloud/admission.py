@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 
 from latentrelay.cloud.activation_memory import ActivationMemory, free_bytes
-from latentrelay.cloud.engine import Engine
+from latentrelay.cloud.engine import BUCKETS, Engine
 from latentrelay.cloud.errors import DeadlineRefusedError, MemoryRefusedError, QueueFullError
 from latentrelay.cloud.forecast import Size, StepTimes, steps_until_done
 from latentrelay.cloud.places import ALONE, Job, Places
@@ -48,7 +48,10 @@ class Admission:
         """How many runs like this one go into one call; 0 if none fits the memory."""
         fits = self.memory.most(self.activation_bytes, *job.size)
         lowered, until = self._lowered.get(job.size, (self.max_batch, 0.0))
-        return min(self.max_batch, fits, lowered if time.monotonic() < until else fits)
+        most = min(self.max_batch, fits, lowered if time.monotonic() < until else fits)
+        if self._engine.compiled:  # a call is filled up to the next fixed batch size, which must fit too
+            return max((each for each in BUCKETS if each <= most), default=0)
+        return most
 
     def places(self, job: Job) -> int:
         """How many of its group have a place at a time: at least one, so that what was let in does run."""

@@ -132,6 +132,27 @@ def test_a_consistency_pipeline_has_one_row_a_request(tiny: Any, tmp_path: Path,
         assert distance(handoff.latents, engine.run(request).latents) < NOISE
 
 
+def test_compiled_calls_have_few_sizes(
+    tiny: Any, tmp_path: Path, batching: Any, wanted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: module)  # a minute of compiling, which is torch's own
+    pipeline = tiny.make_pipeline(tmp_path)
+    rows: list[int] = []
+    pipeline.unet.register_forward_pre_hook(
+        lambda module, given: None if type(given[0]).__name__ == "FakeTensor" else rows.append(len(given[0]))
+    )
+    engine = Engine(pipeline, name="compiled", compiled=True)
+    batcher = batching(engine, started=False, cache=False, max_batch=7)  # so that four have a place
+    requests = [wanted(seed=seed, split=1 + seed % 3) for seed in range(5)]
+    tickets = [batcher.submit(each) for each in requests]
+    batcher.start()
+    handoffs = [ticket.future.result(60) for ticket in tickets]
+    assert set(rows) <= {2, 4, 8}
+    assert rows[0] == 8
+    for request, handoff in zip(requests, handoffs, strict=True):
+        assert distance(handoff.latents, engine.run(request).latents) < NOISE
+
+
 def test_no_steps_is_the_seeds_noise(engine: Engine, batching: Any, wanted: Any) -> None:
     ticket = batching(engine).submit(wanted(split=0))
     assert ticket.future.result(60).to_bytes() == engine.run(wanted(split=0)).to_bytes()

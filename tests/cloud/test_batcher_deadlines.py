@@ -74,12 +74,12 @@ def test_a_late_run_hands_over_at_the_largest_split_it_reaches(
     gated: Any, batching: Any, wanted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, gate = gated
-    request = wanted(split=6, num_steps=8, accept_splits=(4, 2, 5))
+    request = wanted(split=6, num_steps=8, accept_splits=(4, 2, 1, 5))
     batcher = batching(engine, cache=False)
     gate.hold()
     ticket = batcher.submit(request, deadline_s=300)
-    gate.let(1)
-    slow(batcher, 200.0)  # from the second step on: to split 4 it would take 400 s
+    gate.await_call()
+    slow(batcher, 200.0)  # from split 1 to 2 there is time, from 2 to 4 it would take 400 s
     gate.release()
     handoff = ticket.future.result(60)
     assert handoff.meta.next_step == 2
