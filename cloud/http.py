@@ -158,7 +158,7 @@ def _media_range(text: str) -> tuple[str, float]:
     """A media range and its q; a q that is no number counts as 0."""
     name, *parameters = [part.strip().lower() for part in text.split(";")]
     q = next((part[2:] for part in parameters if part.startswith("q=")), "1")
-    return name, float(q) if re.fullmatch(r"[01](\.[0-9]{0,3})?", q) else 0.0
+    return name, float(q) if re.fullmatch(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?", q) else 0.0
 
 
 def _exactness(name: str, offered: str) -> int:
