@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrelay.tools.models import resolve
+from latentrelay.tools.service_process import end_with_parent
 
 
 def main(words: list[str] | None = None) -> None:
@@ -26,6 +27,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--port-file", type=Path, required=True)
     asked = parser.parse_args(words)
+    end_with_parent()
     import torch
     import uvicorn
 

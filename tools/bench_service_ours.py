@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from latentrelay.tools.models import resolve
+from latentrelay.tools.service_process import end_with_parent
 
 
 def main(words: list[str] | None = None) -> None:
@@ -20,6 +21,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--queue", type=int, default=64)
     parser.add_argument("--port-file", type=Path, required=True)
     asked = parser.parse_args(words)
+    end_with_parent()
     import torch
     from latentrelay.cloud.engine import Engine
     from latentrelay.cloud.limits import Limits

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,6 +100,18 @@ class ServerProcess:
                 return int(path.read_text())
             time.sleep(0.05)
         raise ServerEndedError(f"{self.name} did not start in {self._start_s:g} s", got=self.log_tail())
+
+
+def end_with_parent(every_s: float = 1.0) -> None:
+    """Called in the server's process: end it when the process that started it is gone, however that ended."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(every_s)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def _family(pid: int) -> list[int]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +55,31 @@ def test_a_server_that_ends_at_once_says_what_it_printed() -> None:
         ServerProcess("broken", ["-c", "raise SystemExit('this is why')"], threads=1),
     ):
         pass
+
+
+def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    words = "from latentrelay.tools.service_process import end_with_parent; import time; end_with_parent(0.1); "
+    child = f"{words}open({str(tmp_path / 'up')!r}, 'w').close(); time.sleep(120)"
+    parent = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', sys.argv[1]]).pid, flush=True); "
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{parent}import time; time.sleep(120)", child], stdout=subprocess.PIPE, text=True
+    ) as started:
+        pid = int(started.stdout.readline()) if started.stdout else 0
+        _wait(lambda: (tmp_path / "up").exists())
+        started.kill()
+    _wait(lambda: not _runs(pid))
+
+
+def _wait(met: Callable[[], bool], seconds: float = 60.0) -> None:
+    until = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process is there and no zombie, which nobody may have collected yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
