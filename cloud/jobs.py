@@ -173,9 +173,11 @@ class JobBoard:
         live = self._live.get(id)
         if live is not None:
             self._check_owner(live.record, owner)
-            blob, ended = live.blob, live.ended
-            if blob is not None and ended is not None and ended.etag is not None:
+            ended, blob = live.ended, live.blob  # no lock: it is held while the end is being written
+            if ended is not None and ended.etag is not None and blob is not None:
                 return ended.etag, blob
+            if live.ended is not None:
+                raise _no_blob(status_of(live.ended, self._options.ttl_s))
         entry = self._read(id, owner)
         record = entry.record
         status = status_of(record, self._options.ttl_s)

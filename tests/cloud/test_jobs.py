@@ -336,13 +336,25 @@ def test_a_damaged_result_is_served_to_nobody(desk: Desk) -> None:
     desk.until(lambda: desk.store.keys("result"))
     assert etag is not None
     (desk.store.folder / "blob" / etag).write_bytes(b"damaged")
-    assert desk.accept().id != job.id, "the cache does not use it"
     for _ in range(2):
         with pytest.raises(ProblemError) as caught:
             desk.board.blob(job.id, ALICE)
         assert (caught.value.status, caught.value.kind) == (410, "result-lost")
     assert desk.board.status(job.id, ALICE).state == "failed"
     assert desk.ended(desk.accept(seed=5).id).state == "done"
+
+
+def test_a_damaged_result_is_not_shared_but_made_again(desk: Desk) -> None:
+    first = desk.accept()
+    etag = desk.ended(first.id).etag
+    desk.settled(first.id)
+    desk.until(lambda: desk.store.keys("result"))
+    (desk.store.folder / "blob" / str(etag)).write_bytes(b"damaged")
+    second = desk.accept()
+    assert desk.ended(second.id).state == "done"
+    desk.settled(second.id)
+    assert len(desk.runs.submitted) == 2
+    assert desk.board.blob(second.id, ALICE) == desk.board.blob(first.id, ALICE), "the same bytes heal the first too"
 
 
 def test_results_expire_and_are_forgotten_later(make: Callable[..., Desk]) -> None:
@@ -422,12 +434,15 @@ def test_a_result_that_cannot_be_written_is_served_from_memory_until_it_can(
     assert desk.ended(job.id).state == "done"
     assert desk.ended(deleted.id).state == "done"
     assert desk.board.cancel(deleted.id, ALICE).state == "deleted"
+    for each, kind in ((deleted, "deleted"), (cancelled, "cancelled")):
+        with pytest.raises(ProblemError) as caught:
+            desk.board.blob(each.id, ALICE)
+        assert (caught.value.status, caught.value.kind) == (410, kind)
     etag, blob = desk.board.blob(job.id, ALICE)
     assert Handoff.from_bytes(blob).digest() == etag
     entry = JobLedger(desk.store).read(job.id)
     assert entry is not None
     assert entry.record.open, "for the next process it would run again"
-    assert desk.accept is not None
     monkeypatch.undo()
     for each, state in ((job, "done"), (cancelled, "cancelled"), (deleted, "deleted")):
         desk.settled(each.id)

@@ -349,6 +349,24 @@ def test_a_full_queue_leaves_the_rest_to_others_and_new_jobs_wait_their_turn(
     until(lambda: not _refuses(lambda: accept(small, "new")))
 
 
+def test_what_was_accepted_before_goes_first(
+    boards: Boards, accept: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, runs = boards(paused=True)
+    jobs = [accept(first, str(each)) for each in range(3)]
+    first.close()
+    runs.close()
+    monkeypatch.setattr("latentrelay.cloud.recovery._RETRY_S", 5.0)
+    second, few = boards(limit=1, paused=True)
+    until(lambda: few.submitted)
+    until(lambda: _refuses(lambda: accept(second, "new")))
+    few._limit = 64
+    assert _refuses(lambda: accept(second, "newer")), "there is room, and older jobs wait for it"
+    few.gate.set()
+    assert [ended(second, id).state for id in jobs] == ["done"] * 3
+    assert not _refuses(lambda: accept(second, "newest"))
+
+
 def _refuses(act: Callable[[], object]) -> bool:
     try:
         act()
