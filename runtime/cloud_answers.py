@@ -25,7 +25,9 @@ STATES = ("queued", "running", "done", "failed", "cancelled", "expired", "delete
 _BUSY = (408, 425, 429, 502, 503, 504)
 # What asking again may change without a Retry-After that says so, and what it does not change in spite of one.
 _TEMPORARY_KINDS = ("unreachable", "dropped", "timeout", "busy", "body-timeout")
-_FINAL_KINDS = ("deadline-unreachable", "quota-used")
+_FINAL_KINDS = ("deadline-unreachable", "quota-used", "run-interrupted")
+# What a job that was accepted may have ended with; said of no job yet, the first three are refusals for load.
+_JOB_ENDS = ("queue-full", "memory", "store-full", "run-failed", "run-interrupted", "deadline-passed")
 _RANGE = re.compile(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})")
 
 
@@ -121,10 +123,12 @@ def problem_error(status: int, problem: Mapping[str, Any], wait_s: float | None 
     return CloudProtocolError("the cloud answered with an unexpected status", got=status, expected=200)
 
 
-def worth_asking_again(error: CloudError) -> bool:
-    """Whether the same request may succeed a little later: what is a refusal for load carries Retry-After, the end of
-    a job that failed does not."""
+def worth_asking_again(error: CloudError, *, of_a_job: bool) -> bool:
+    """Whether the same request may succeed a little later: a refusal for load carries Retry-After. `of_a_job`: it was
+    said of a job that was accepted, whose own end does not change."""
     if not isinstance(error, CloudUnavailableError) or error.kind in _FINAL_KINDS:
+        return False
+    if of_a_job and error.kind in _JOB_ENDS:
         return False
     return error.kind in _TEMPORARY_KINDS or error.retry_after_s is not None
 

@@ -292,7 +292,7 @@ class Conversation:
                     self._failures = 0
                 return answer
             self._asked = before
-            if not worth_asking_again(refusal):
+            if not worth_asking_again(refusal, of_a_job=bool(self.job or job_id(answer))):
                 raise refusal
             yield from self._after(refusal)
 

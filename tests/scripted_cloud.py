@@ -46,6 +46,7 @@ class Refuse:
     status: int
     kind: str
     retry_after: int | None = None
+    job: bool = False  # it names a job, as what is said of one that was accepted does
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ class ScriptedCloud:
         if isinstance(fault, Refuse):
             problem = {"type": f"urn:latentrelay:problem:{fault.kind}", "status": fault.status, "detail": fault.kind}
             extra = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
+            extra |= {"Latentrelay-Job": "a1"} if fault.job else {}
             connection.sendall(_whole(fault.status, "application/problem+json", json.dumps(problem).encode(), extra))
             return True
         sent = 0

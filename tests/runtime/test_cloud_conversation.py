@@ -224,6 +224,18 @@ def test_what_no_repetition_mends_ends_at_once(
     assert len(cloud.asked("POST")) == 1
 
 
+@pytest.mark.parametrize("kind", ["memory", "queue-full", "run-interrupted"])
+@pytest.mark.parametrize("stage", ["post", "get"])
+def test_the_end_of_a_job_is_no_refusal_for_load(scripted: Any, made: Any, ask: Ask, kind: str, stage: str) -> None:
+    """Both are 503 with Retry-After; a job that ended so stays so."""
+    ended = scripted.Refuse(503, kind, 1, job=True)
+    cloud = scripted.ScriptedCloud(made, faults=[ended] if stage == "post" else [None, ended])
+    more = {} if stage == "post" else {"cancel": lambda: False}
+    with pytest.raises(CloudUnavailableError, match=kind):
+        ask(cloud.url, **more)
+    assert len(cloud.asked("POST")) + len(cloud.asked("GET", "/v1/handoffs")) == (1 if stage == "post" else 2)
+
+
 def test_a_job_that_failed_says_why(scripted: Any, made: Any, ask: Ask) -> None:
     problem = {"type": "urn:latentrelay:problem:run-failed", "status": 500, "detail": "NaN"}
     for more in ({}, {"on_progress": lambda progress: None}):
