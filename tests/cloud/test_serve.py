@@ -19,7 +19,7 @@ import pytest
 from latentrelay.cloud.app import create_app
 from latentrelay.cloud.engine import Engine
 from latentrelay.cloud.errors import PlaintextRefusedError
-from latentrelay.cloud.serve import CloudServer, is_loopback, serve
+from latentrelay.cloud.serve import CloudServer, check_address, is_loopback, serve
 from latentrelay.runtime.errors import RequestError
 
 START = Callable[..., CloudServer]
@@ -63,6 +63,33 @@ def test_a_taken_port_and_half_a_pair_are_misuse(engine: Engine) -> None:
         serve(engine, port=0, certfile="cert.pem", keyfile="key.pem")
 
 
+def test_a_mistake_in_the_address_shows_before_a_model_is_loaded(tmp_path: Path) -> None:
+    def load() -> Engine:
+        raise AssertionError("the model was loaded")
+
+    (tmp_path / "cert.pem").write_text("no certificate")
+    pair = {"certfile": tmp_path / "cert.pem", "keyfile": tmp_path / "cert.pem"}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for options, message in (
+            ({"port": taken.getsockname()[1]}, "cannot be taken"),
+            ({"port": 0, "host": "0.0.0.0"}, "plain HTTP"),
+            ({"port": 0, "certfile": "cert.pem"}, "half of a TLS pair"),
+            ({"port": 0, **pair}, "cannot be read"),
+        ):
+            with pytest.raises((RequestError, PlaintextRefusedError), match=message):
+                serve(load, **options)
+
+
+def test_the_port_is_free_again_after_the_check(engine: Engine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    check_address("127.0.0.1", port)
+    server = CloudServer(create_app(engine), port=port)
+    server.stop()
+    server.run()
+    assert server.port == port
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with the openssl command")
 def test_tls_with_ones_own_certificate(engine: Engine, start: START, tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
@@ -84,7 +111,7 @@ def test_stopping_ends_a_run_between_two_steps(tiny: Any, tmp_path: Path) -> Non
     thread = threading.Thread(target=server.run, args=(lambda url, port: ready.set(),))
     thread.start()
     assert ready.wait(20)
-    fields = {"prompt": "", "seed": 0, "height": 256, "width": 256, "num_steps": 200, "split": 200}
+    fields = {"prompt": "", "seed": 0, "height": 128, "width": 128, "num_steps": 200, "split": 200}
     ended: list[str] = []
 
     def ask() -> None:

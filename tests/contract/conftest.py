@@ -8,6 +8,7 @@ started with the tokens file it is given, a time to live, and limits that allow 
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import subprocess
@@ -23,7 +24,7 @@ from typing import Any
 import httpx
 import pytest
 
-TOKENS = {"alice": "alice's token".replace(" ", "-"), "bob": "bob-token", "limited": "limited-token"}
+TOKENS = {"alice": "alice-token", "bob": "bob-token", "limited": "limited-token"}
 TOKENS_TOML = "".join(
     f'[[token]]\nname = "{name}"\ntoken = "{token}"\n' + ("open_jobs = 1\n" if name == "limited" else "")
     for name, token in TOKENS.items()
@@ -298,7 +299,27 @@ def _with_cloud_client(api: Api) -> HandoffCall:
     return call
 
 
-CLIENTS: dict[str, Callable[[Api], HandoffCall]] = {"httpx": _with_httpx, "CloudClient": _with_cloud_client}
+def _with_async_client(api: Api) -> HandoffCall:
+    """The same for asyncio, one loop a call."""
+    from latentrelay.runtime.async_cloud_client import AsyncCloudClient
+    from latentrelay.runtime.handoff_request import HandoffRequest
+
+    async def handed_over(request: dict[str, Any]) -> Any:
+        async with AsyncCloudClient(api.url, token=TOKENS["alice"]) as client:
+            return await client.handoff(HandoffRequest(**request))
+
+    def call(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        handoff = asyncio.run(handed_over(request))
+        return handoff.latents, handoff.meta.to_dict()
+
+    return call
+
+
+CLIENTS: dict[str, Callable[[Api], HandoffCall]] = {
+    "httpx": _with_httpx,
+    "CloudClient": _with_cloud_client,
+    "AsyncCloudClient": _with_async_client,
+}
 
 
 @pytest.fixture(params=list(CLIENTS))
