@@ -24,6 +24,7 @@ from latentrelay.runtime.errors import (
     RequestError,
 )
 from latentrelay.runtime.signature import SIGNATURE_NAME, parse_signature, verify_bundle_signature
+from latentrelay.tools import sign, verify
 from latentrelay.tools.sign import sign_bundle
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its keys with the openssl command")
@@ -402,3 +403,21 @@ def test_a_verifier_without_cryptography_says_how_to_get_it(signed: Path, keys: 
     )
     assert done.stdout.startswith("MissingExtraError 2 ")
     assert "latentrelay[sign]" in done.stdout
+
+
+def test_what_the_commands_print(signed: Path, keys: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    fingerprint = hashlib.sha256(keys.public.read_bytes()).hexdigest()
+    (signed / SIGNATURE_NAME).unlink()
+    sign.run(signed, key=keys.private, output=None, as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    path = signed / SIGNATURE_NAME
+    files = len(Bundle.open(signed).files) + 1
+    expected = {"ok": True, "signature": str(path), "bytes": path.stat().st_size, "files": files, "key": fingerprint}
+    assert printed == expected
+    verify.run(signed, selftest=False, as_json=True, key=keys.public)
+    assert json.loads(capsys.readouterr().out)["signed_by"] == fingerprint
+    verify.run(signed, selftest=False, as_json=True)
+    assert "signed_by" not in json.loads(capsys.readouterr().out)
+    sign.run(signed, key=keys.private, output=None, as_json=False)
+    verify.run(signed, selftest=False, as_json=False, key=keys.public)
+    assert capsys.readouterr().out.count(fingerprint[:16]) == 2
