@@ -186,6 +186,7 @@ class Batcher:
         job = ticket.job
         if job is None:
             return
+        ticket.job = None  # whoever keeps the ticket does not keep the run's tensors
         job.tickets.remove(ticket)
         if not job.tickets:
             self._places.remove(job)

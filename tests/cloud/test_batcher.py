@@ -6,7 +6,9 @@ nothing.
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +205,18 @@ def test_load_says_what_is_held(gated: Any, batching: Any, wanted: Any) -> None:
     assert after.estimate_ms is not None
     assert after.estimate_ms > 0
     assert 0.5 <= (after.occupancy or 0) <= 1
+
+
+def test_a_kept_ticket_keeps_no_run(engine: Engine, batching: Any, wanted: Any) -> None:
+    batcher = batching(engine, started=False)
+    ticket, gone = batcher.submit(wanted(seed=21)), batcher.submit(wanted(seed=22))
+    runs = [weakref.ref(each.job) for each in (ticket, gone)]
+    gone.cancel()
+    batcher.start()
+    ticket.future.result(60)
+    batcher.close()
+    gc.collect()
+    assert [each() for each in runs] == [None, None]
 
 
 def test_many_threads_may_submit(engine: Engine, batching: Any, wanted: Any) -> None:
