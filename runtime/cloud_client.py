@@ -9,6 +9,7 @@ a client is first used.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -59,7 +60,7 @@ class CloudClient:
         self._cache = CapabilitiesCache(capabilities_ttl_s)
         self._idle: list[Line] = []
         self.memory = FailureMemory()
-        self.attempts = 0
+        self._of_thread = threading.local()
 
     def __enter__(self) -> CloudClient:
         return self
@@ -68,6 +69,11 @@ class CloudClient:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def attempts(self) -> int:
+        """How often the cloud was asked for this thread's last handoff: 1, and 1 more for each repetition."""
+        return int(getattr(self._of_thread, "attempts", 0))
 
     def close(self) -> None:
         """Close the connections that no handoff uses now; the client may be used again."""
@@ -78,15 +84,17 @@ class CloudClient:
         """What the cloud serves, read now: wire versions, model, samplers, limits, load. Raises CloudError."""
         return dict(self.served(deadline_s=deadline_s, anew=True).document)
 
-    def served(self, *, deadline_s: float | None = None, anew: bool = False) -> Capabilities:
+    def served(
+        self, *, deadline_s: float | None = None, anew: bool = False, cancel: Cancel | None = None
+    ) -> Capabilities:
         """The same, checked and as a handoff uses it; from the cache where it is fresh and not wanted `anew`."""
         if anew:
             self._cache.forget()
         talk = self._conversation(HandoffRequest("", 0, 0, 0, 0), deadline_s)
         try:
-            return self._drive(talk, talk.capabilities(), None)
+            return self._drive(talk, talk.capabilities(), cancel)
         finally:
-            self.attempts = talk.attempts
+            self._of_thread.attempts = talk.attempts
 
     def handoff(
         self,
@@ -105,9 +113,9 @@ class CloudClient:
         to half a second more. `on_progress(Progress)` and `on_preview(Preview)` are called here, between the cloud's
         steps. `cancel()` is asked from another thread, 20 times a second; once it is true the job is cancelled and
         RunCancelledError raised. The same `idempotency_key` with the same request gives the same job; without one each
-        call is a job of its own. `traceparent` (W3C) is the app's, or a new one. `attempts` says afterwards how often
-        the last handoff had to be asked for. Raises CloudError, HandoffFormatError, RequestError, RunCancelledError;
-        whether the handoff fits a bundle is `Handoff.check`'s to say.
+        call is a job of its own. `traceparent` (W3C) is the app's, or a new one. Not bounded is how long the system
+        takes to look a name up. Raises CloudError, HandoffFormatError, RequestError, RunCancelledError; whether the
+        handoff fits a bundle is `Handoff.check`'s to say.
         """
         talk = self._conversation(
             request,
@@ -121,7 +129,7 @@ class CloudClient:
         try:
             return self._drive(talk, talk.run(), cancel)
         finally:
-            self.attempts = talk.attempts
+            self._of_thread.attempts = talk.attempts
 
     def _conversation(self, request: HandoffRequest, deadline_s: float | None, **options: Any) -> Conversation:
         seconds = self.timeout_s if deadline_s is None else deadline_s

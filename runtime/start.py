@@ -105,7 +105,6 @@ def _asked(session: Session, wish: Wish, client: CloudClient, split: int) -> Sta
     """Ask, within the deadline, unless the cloud has failed just now."""
     seconds = client.timeout_s if wish.deadline_s is None else wish.deadline_s
     end, memory = time.monotonic() + seconds, client.memory
-    client.attempts = 0
     if wish.fallback and memory.rest_s() > 0:
         raise CloudUnavailableError(
             f"{client.url} failed {memory.failures} times in a row, the last time just now",
@@ -114,7 +113,8 @@ def _asked(session: Session, wish: Wish, client: CloudClient, split: int) -> Sta
         )
     try:
         again = wish.fallback and memory.failures > 0
-        served = client.served(deadline_s=min(PROBE_S, seconds) if again else seconds, anew=again)
+        probe_s = min(PROBE_S, seconds) if again else seconds
+        served = client.served(deadline_s=probe_s, anew=again, cancel=wish.cancel)
         manifest, smaller = session.manifest, smaller_splits(session.manifest, split) if wish.fallback else ()
         first = split
         if smaller and not served.has("accept_splits"):
