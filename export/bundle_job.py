@@ -77,9 +77,7 @@ class BundleJob:
         parity = self._parity(made, samples)
         refined = self._refined(made, samples)
         spec = backend_spec(self.profile, self.precision)
-        preview, preview_report = self._preview.made(
-            refined.graphs["vae_decoder"], self._components(samples, refined)["vae_decoder"], spec
-        )
+        preview, preview_report = self._preview.made(refined.graphs["vae_decoder"])
         refined = replace(refined, quality={**refined.quality, "preview": preview_report})
         with self.stages.timed("layout", "writing configuration, tokenizer and plan"):
             write_layout(self.source.pipeline, self.scheduler, folder, self.vae)

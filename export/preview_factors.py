@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from latentrelay.compress.denoising_chain import Floats
-from latentrelay.export.deployed import DeployedSession
 from latentrelay.runtime.manifest import PreviewSpec
 from numpy.typing import NDArray
 
@@ -42,8 +41,9 @@ def fit_preview(
     }
 
 
-def averaging(session: DeployedSession, scaling: float, shift: float, downscale: int) -> Decode:
-    """The decoder graph in `session`, fed as the runtime feeds it, its picture averaged to the latents' grid."""
+def averaging(session: Any, scaling: float, shift: float, downscale: int) -> Decode:
+    """The decoder graph in `session` (ONNX Runtime's), fed as the runtime feeds it, its picture averaged to the
+    latents' grid."""
 
     def decode(latents: Floats) -> Floats:
         unscaled = np.asarray(latents, np.float32) / np.float32(scaling) + np.float32(shift)

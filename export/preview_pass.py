@@ -15,10 +15,10 @@ from typing import Any
 from latentrelay.compress.denoising_chain import Floats
 from latentrelay.export.bundle_folder import write_json
 from latentrelay.export.calibrated_runs import CalibratedRuns
-from latentrelay.export.deployed import DeployedSession
+from latentrelay.export.parity import open_session
 from latentrelay.export.preview_factors import FIT, HELD_OUT, averaging, fit_preview, random_latents
 from latentrelay.export.stages import StageStore, read_json, stage_digest
-from latentrelay.runtime.manifest import BackendSpec, Component, PreviewSpec
+from latentrelay.runtime.manifest import PreviewSpec
 from latentrelay.runtime.strict_json import parse_record, record_to_json
 
 _GRAPH, _FACTORS = "model.onnx", "preview.json"
@@ -35,18 +35,17 @@ class PreviewPass:
     scaling: float
     downscale: int
 
-    def made(self, decoder: Path, component: Component, spec: BackendSpec) -> tuple[PreviewSpec, Mapping[str, Any]]:
-        """Fitted with the graph in the stage `decoder`, in the session that `spec` asks for."""
+    def made(self, decoder: Path) -> tuple[PreviewSpec, Mapping[str, Any]]:
+        """Fitted with the graph in the stage `decoder`, which is float32 in every precision."""
 
         def write(folder: Path) -> None:
-            session = DeployedSession(decoder / _GRAPH, component, spec)
-            decode = averaging(session, self.scaling, 0.0, self.downscale)
+            decode = averaging(open_session(decoder / _GRAPH), self.scaling, 0.0, self.downscale)
             factors, report = fit_preview(decode, self._latents(held_out=False), self._latents(held_out=True))
             report |= {"fitted_on": "recorded runs" if self.recorded else "random latents"}
             write_json(folder / _FACTORS, {"preview": record_to_json(factors), "report": report})
 
         latents = self.calibrated.key(FIT, HELD_OUT) if self.recorded else {"latent": list(self.calibrated.latent)}
-        inputs = {"decoder": stage_digest(decoder), "backend": record_to_json(spec), "latents": latents}
+        inputs: dict[str, Any] = {"decoder": stage_digest(decoder), "latents": latents}
         inputs |= {"scaling": self.scaling, "downscale": self.downscale, "pictures": [FIT, HELD_OUT]}
         found = read_json(self.stages.made("preview", "fitting the preview's factors", inputs, write), _FACTORS)
         return parse_record(PreviewSpec, found["preview"]), found["report"]
