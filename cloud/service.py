@@ -11,6 +11,8 @@ import shutil
 import tempfile
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ class Service:
             observer=self.metrics,
         )
         self._given, self._folder = store, None if store is not None else ""
+        self._removed: Callable[[], object] | None = None  # also called where the process is left without an end
         self._store: Store | None = None
         self._board: JobBoard | None = None
         self._usage: Usage | None = None
@@ -73,6 +76,7 @@ class Service:
         """Open the store, start to run, take over what a dead process left."""
         if self._given is None:
             self._folder = tempfile.mkdtemp(prefix="latentrelay-jobs-")
+            self._removed = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._store = self._given if self._given is not None else FolderStore(Path(self._folder or ""), durable=False)
         options = self.options
         self._usage = Usage(self._store, open_jobs=options.open_jobs)
@@ -114,8 +118,8 @@ class Service:
         if self._board is not None:
             self._board.close()
         self.batcher.close()
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._removed is not None:
+            self._removed()
 
     @property
     def board(self) -> JobBoard:
