@@ -6,10 +6,11 @@ A cancel note tells the runner of a job that another replica cancelled it. Nothi
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from dataclasses import dataclass
 
-from latentrelay.cloud.job_record import JobRecord, Moment
+from latentrelay.cloud.job_record import JobRecord, Moment, Preview
 from latentrelay.cloud.requests import RunRequest
 from latentrelay.cloud.store import Store, StoreUnavailableError
 from latentrelay.runtime.digest import canonical_json
@@ -35,10 +36,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Progress:
-    """`runner` has taken the job on and made `step` steps."""
+    """`runner` has taken the job on and made `step` steps; `preview` is the last one's RGB bytes in base64."""
 
     runner: str
     step: int
+    rows: int = 0
+    columns: int = 0
+    preview: str | None = None
+
+    def picture(self) -> Preview | None:
+        """The preview as (rows, columns, RGB bytes)."""
+        return None if self.preview is None else (self.rows, self.columns, base64.b64decode(self.preview))
 
 
 @dataclass(frozen=True)
@@ -87,9 +95,12 @@ class JobLedger:
         """Every job's id."""
         return self.store.keys("job")
 
-    def note_progress(self, id: str, runner: str, step: int) -> None:
+    def note_progress(self, id: str, runner: str, step: int, preview: Preview | None = None) -> None:
         """Tell the other replicas."""
-        self.store.put("progress", id, canonical_json(record_to_json(Progress(runner, step))))
+        note = Progress(runner, step)
+        if preview is not None:
+            note = Progress(runner, step, *preview[:2], base64.b64encode(preview[2]).decode())
+        self.store.put("progress", id, canonical_json(record_to_json(note)))
 
     def progress(self, id: str) -> Progress | None:
         """The last note, whoever's; None where there is none that can be understood."""

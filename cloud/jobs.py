@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import re
 import secrets
@@ -144,8 +145,9 @@ class JobBoard:
             return live.status(self._options.ttl_s)
         record = self._read(id, owner).record
         note = self._ledger.progress(id) if record.open else None
-        step = note.step if note is not None and note.runner == record.runner else 0
-        return status_of(record, self._options.ttl_s, step=step)
+        if note is None or note.runner != record.runner:
+            return status_of(record, self._options.ttl_s)
+        return dataclasses.replace(status_of(record, self._options.ttl_s, step=note.step), preview=note.picture())
 
     async def wait(self, id: str, owner: str, *, seen: int | None = None, timeout_s: float) -> JobStatus:
         """The first status whose version is not `seen` (None: that is the job's last), or the one when the time is up.
@@ -206,9 +208,16 @@ class JobBoard:
                 return self.status(id, owner)
 
     def open_jobs(self, owner: str) -> int:
-        """How many jobs of an owner are not ended: of this replica all, of others those seen at the last sweep."""
+        """How many jobs of an owner are not ended: of this replica all, of others those seen at the last sweep, or
+        with record_first those that have a note of their progress now."""
         here = sum(live.record.owner == owner and live.ended is None for live in self._live.all())
+        if self._options.record_first:
+            return here + self._noted_elsewhere(owner)
         return here + (0 if self._recovery is None else self._recovery.open_elsewhere(owner))
+
+    def _noted_elsewhere(self, owner: str) -> int:
+        entries = [self._ledger.read(id) for id in self._ledger.progress_notes() if self._live.get(id) is None]
+        return sum(entry is not None and entry.record.open and entry.record.owner == owner for entry in entries)
 
     def _known(self, id: str, until: float) -> JobRecord | None:
         """The job's record, once it is sure that it was taken on; None where there is none, or it was refused."""

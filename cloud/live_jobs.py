@@ -128,6 +128,9 @@ class LiveJobs:
         ticket.future.add_done_callback(lambda future: self._work.put(partial(self._finish, live, future)))
         if live.ended is not None:  # cancelled between the record and the ticket
             ticket.cancel()
+        if self._options.record_first:
+            with contextlib.suppress(*_UNWRITABLE):
+                self._note(live)  # so that the other replicas count it from now on
         self._bell.ring(record.id, step=True)
 
     def cancel(self, live: LiveJob) -> bool:
@@ -203,7 +206,8 @@ class LiveJobs:
         for live in self.all():
             if live.noted_s < 0 and live.ticket is not None:
                 live.noted_s = 0.0
-                self._note(live)
+                with contextlib.suppress(*_UNWRITABLE):
+                    self._note(live)
 
     def hand_back(self) -> None:
         """Give what waits to whoever takes it: nobody is its runner any more."""
@@ -261,7 +265,7 @@ class LiveJobs:
     def _note(self, live: LiveJob) -> None:
         with live.lock:  # so that a note is never older than the one before, and none comes after the end
             if live.ended is None and self._jobs.get(live.entry.record.id) is live:
-                self._ledger.note_progress(live.entry.record.id, live.entry.record.runner, live.step)
+                self._ledger.note_progress(live.entry.record.id, live.entry.record.runner, live.step, live.preview)
 
     def _finish(self, live: LiveJob, future: Future[Handoff]) -> None:
         """On the writer's thread, when a run has ended however it did."""
