@@ -67,6 +67,7 @@ class Recovery:
         self._ended: dict[str, _Ended] = {}
         self._orphans: dict[str, tuple[Stamp, float]] = {}
         self._shared: set[str] = set()
+        self._results: dict[str, float] = {}
         self._watched: dict[str, tuple[bytes | None, bytes | None]] = {}
         self._damaged: set[str] = set()
         self._refusals: Counter[str] = Counter()
@@ -118,7 +119,7 @@ class Recovery:
     def open_elsewhere(self, owner: str) -> int:
         """How many of the jobs that other replicas ran at the last sweep are still open."""
         ids = [id for id, whose in self._elsewhere.items() if whose == owner and self._live.get(id) is None]
-        entries = [self._ledger.read(id) for id in ids]
+        entries = [self._understood(id) for id in ids]
         return sum(entry is not None and entry.record.open for entry in entries)
 
     def _watch(self) -> None:
@@ -133,8 +134,7 @@ class Recovery:
 
     def _read_cancel_notes(self) -> None:
         for id in self._ledger.cancel_notes():
-            live = self._live.get(id)
-            entry = self._ledger.read(id)
+            live, entry = self._live.get(id), self._understood(id)
             if live is not None and entry is not None and not entry.record.open:
                 self._live.stop(live)
             if live is not None or entry is None or not self._ledger.store.alive(entry.record.runner):
@@ -151,13 +151,7 @@ class Recovery:
             if seen is not None and self._due(seen, now) is None:
                 self._ended[id] = seen
                 continue
-            try:
-                entry = self._ledger.read(id)
-            except DamagedRecordError:
-                if id not in self._damaged:
-                    logs.event(_log, "a job record cannot be understood", level=logging.ERROR, job=id)
-                    self._damaged.add(id)
-                continue
+            entry = self._understood(id)
             if entry is None:
                 continue
             record = entry.record
@@ -170,6 +164,16 @@ class Recovery:
                     orphans.append(entry)
         self._elsewhere = elsewhere
         return orphans
+
+    def _understood(self, id: str) -> Entry | None:
+        """The record; None, and a line in the log, where this version cannot read it: it is left as it is."""
+        try:
+            return self._ledger.read(id)
+        except DamagedRecordError:
+            if id not in self._damaged:
+                logs.event(_log, "a job record cannot be understood", level=logging.ERROR, job=id)
+                self._damaged.add(id)
+            return None
 
     def _due(self, seen: _Ended, now: float) -> str | None:
         """What has to be done to an ended job: "expire", "remove" or nothing."""
@@ -198,7 +202,7 @@ class Recovery:
             return
         past = [(seen.ended.wall_s, id) for id, seen in self._ended.items() if seen.state not in ("done", "failed")]
         for _, id in sorted(past)[:excess]:
-            entry = self._ledger.read(id)
+            entry = self._understood(id)
             if entry is not None and not entry.record.open:
                 self._ledger.remove(entry)
             del self._ended[id]
@@ -212,7 +216,7 @@ class Recovery:
 
     def _adopt_all(self, orphans: list[Entry]) -> int:
         """Take jobs over, the oldest first, while the runner takes them; how many are left."""
-        self.behind = 0
+        self.behind = too_large = 0
         for place, entry in enumerate(orphans):
             try:
                 self._adopt(entry)
@@ -221,11 +225,12 @@ class Recovery:
                 if self._refusals[entry.record.id] >= _REFUSALS:
                     self._fail(entry, ProblemError(503, error.kind, str(error)))
                     del self._refusals[entry.record.id]
-                return len(orphans) - place
+                else:
+                    too_large += 1
             except RefusedError:
                 self.behind = len(orphans) - place
-                return self.behind
-        return 0
+                return self.behind + too_large
+        return too_large
 
     def _adopt(self, entry: Entry) -> None:
         """Take one job over, or end it where it may not be begun again. RefusedError: nothing was changed."""
@@ -282,13 +287,15 @@ class Recovery:
 
     def _collect_results(self) -> None:
         """Forget cached results that are over; note which blobs the others name."""
-        self._shared = set()
+        self._shared, now = set(), time.monotonic()
+        known, self._results = self._results, {}
         for key in self._ledger.cached_keys():
-            result = self._ledger.cached(key)
-            if result is None or overdue(result.made, self._options.ttl_s):
+            result, since = self._ledger.cached(key), known.get(key, now)
+            if result is None or overdue(result.made, self._options.ttl_s, watched_s=now - since):
                 self._ledger.uncache(key)
             else:
                 self._shared.add(result.etag)
+                self._results[key] = since
 
     def _collect_blobs(self) -> None:
         """Remove the blobs that nothing named at two sweeps at least grace_s apart, if nobody put them again since."""

@@ -63,6 +63,7 @@ class Desk:
         """Wait until the end of a job is in the store too."""
         ledger = JobLedger(self.store)
         self.until(lambda: (entry := ledger.read(id)) is not None and not entry.record.open)
+        self.until(lambda: self.board._live.get(id) is None)
 
     def job_accepted(self, replayed: bool) -> None:
         self.told.append(("accepted", replayed))
@@ -509,6 +510,8 @@ def test_a_damaged_record_is_left_alone_and_stops_nothing(desk: Desk) -> None:
         desk.board.status(job.id, ALICE)
     with pytest.raises(RefusedError):
         desk.accept(key="k")
+    JobLedger(desk.store).ask_to_cancel(job.id)
+    desk.until(lambda: JobLedger(desk.store).cancel_notes() == [])
     desk.board._recovery.sweep([])  # type: ignore[union-attr]
     assert path.exists()
     assert desk.ended(desk.accept(seed=3).id).state == "done"

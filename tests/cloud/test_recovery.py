@@ -358,8 +358,7 @@ def test_what_was_accepted_before_goes_first(
     runs.close()
     monkeypatch.setattr("latentrelay.cloud.recovery._RETRY_S", 5.0)
     second, few = boards(limit=1, paused=True)
-    until(lambda: few.submitted)
-    until(lambda: _refuses(lambda: accept(second, "new")))
+    until(lambda: second._recovery is not None and second._recovery.behind == 2)
     few._limit = 64
     assert _refuses(lambda: accept(second, "newer")), "there is room, and older jobs wait for it"
     few.gate.set()
@@ -375,21 +374,28 @@ def _refuses(act: Callable[[], object]) -> bool:
     return False
 
 
-def test_a_job_too_large_for_every_replica_fails_in_the_end(
-    store: FolderStore, boards: Boards, accept: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+def test_a_job_too_large_for_every_replica_fails_in_the_end_and_holds_up_nobody(
+    store: FolderStore, boards: Boards, accept: Callable[..., str], monkeypatch: pytest.MonkeyPatch, thread_runs: Any
 ) -> None:
     monkeypatch.setattr("latentrelay.cloud.recovery._RETRY_S", 0.01)
-    monkeypatch.setattr("latentrelay.cloud.recovery._REFUSALS", 3)
+    monkeypatch.setattr("latentrelay.cloud.recovery._REFUSALS", 20)
     board, runs = boards(paused=True)
-    job = accept(board)
+    large, small = accept(board, "large"), accept(board, "small")
     board.close()
     runs.close()
+    taken = thread_runs.ThreadRuns.submit
+
+    def submit(self: Any, request: Any, **rest: Any) -> Any:
+        if request.prompt == "large":
+            raise MemoryRefusedError("no", retry_after_s=1)
+        return taken(self, request, **rest)
+
+    monkeypatch.setattr(thread_runs.ThreadRuns, "submit", submit)
     board, runs = boards()
-    runs.refusal = MemoryRefusedError("no", retry_after_s=1)
-    until(lambda: board.status(job, ME).ended or runs.submitted)
-    if runs.submitted:
-        pytest.skip("it was adopted before the refusal was set")
-    assert (board.status(job, ME).problem or {})["type"].endswith("memory")
+    assert ended(board, small).state == "done"
+    status = ended(board, large)
+    assert (status.problem or {})["type"].endswith("memory")
+    assert status.attempts == 1
 
 
 def test_draining_gives_what_waits_to_others_and_finishes_what_runs(boards: Boards, accept: Callable[..., str]) -> None:
