@@ -84,6 +84,10 @@ class Usage:
         the job is not taken on after all.
         """
         self.request(caller)
+        self.take(caller, steps, open_jobs=open_jobs)
+
+    def take(self, caller: Caller, steps: int, *, open_jobs: int = 0) -> None:
+        """The same for a request that was counted before."""
         most = self.most_jobs(caller)
         if most is not None and open_jobs >= most:
             raise _refused("too-many-jobs", f"At most {most} unfinished jobs for this token.", most, 1.0)

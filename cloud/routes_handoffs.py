@@ -104,13 +104,12 @@ class HandoffRoutes:
         """Count it and take it on; what is refused afterwards, or was there before, is not counted."""
         service, caller = self._service, request.state.caller
         trace = request.state.trace.header()
+        service.usage.request(caller)
         with service.usage.turn(caller):
             counted = key is None or not self._known(caller, key)
-            if counted:
+            if counted:  # what is asked for again is answered, whatever was used since
                 held = service.board.open_jobs(caller.name) if service.usage.most_jobs(caller) is not None else 0
-                service.usage.admit(caller, wanted.split, open_jobs=held)
-            else:  # asked for again: the answer it has a right to, whatever was used since
-                service.usage.request(caller)
+                service.usage.take(caller, wanted.split, open_jobs=held)
             try:
                 job = service.board.accept(wanted, body, owner=caller.name, key=key, trace=trace)
             except (ProblemError, RefusedError):
