@@ -107,7 +107,8 @@ def affordable_split(cloud: Capabilities, splits: Sequence[int], num_steps: int,
 
 def without_cloud(error: CloudUnavailableError) -> Degradation:
     """All steps run here, because the cloud did not hand over."""
-    return Degradation(ON_DEVICE, f"cloud-{error.kind}", f"All steps ran here: {error}".rstrip(".") + ".")
+    said = str(error).removesuffix(f". {error.do}").rstrip(".")
+    return Degradation(ON_DEVICE, f"cloud-{error.kind}", f"All steps ran here: {said}.")
 
 
 def lowered(asked: int, got: int) -> Degradation:

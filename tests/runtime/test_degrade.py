@@ -74,6 +74,8 @@ def test_a_device_without_a_network_finishes(bundle_folder: Path, dead_url: str,
     assert (result.path_taken, result.steps) == ("device-fallback", {"cloud": 0, "device": 4})
     assert codes(result) == [("all-steps-on-device", "cloud-unreachable")]
     assert "cannot be reached" in (result.fallback_reason or "")
+    assert result.degraded[0].detail.startswith(f"All steps ran here: {dead_url} cannot be reached")
+    assert "or run all steps" not in result.degraded[0].detail
     assert result.attempts == 3
     assert result.ms["handoff"] > 0
 
