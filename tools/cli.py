@@ -39,8 +39,10 @@ _DEVICES: dict[str, Callable[..., None]] = {
 _COMMANDS: tuple[Callable[..., None], ...] = (
     cli_make.compress,
     cli_make.build,
+    cli_make.sign,
     cli_run.serve,
     cli_run.generate,
+    cli_run.plan,
     cli_run.verify,
     cli_measure.bench,
     cli_measure.evaluate,

@@ -1,4 +1,4 @@
-"""What makes things, on the command line: compress, build. Every one imports what it needs when it runs."""
+"""What makes things, on the command line: compress, build, sign. Every one imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -212,3 +212,20 @@ def build(
         coreml_encoding=coreml_encoding,
         apple_layout=apple_layout,
     )
+
+
+def sign(
+    bundle: Path,
+    key: Annotated[Path, typer.Option(help="The private key, PEM: ECDSA P-256, P-384 or P-521.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The signature's file; model.sig in the bundle if not given.")
+    ] = None,
+    password: Annotated[
+        str | None, typer.Option(envvar="LATENTRELAY_KEY_PASSWORD", help="Of an encrypted private key.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Sign a bundle's files with OpenSSF model signing; needs the extra `sign`."""
+    from latentrelay.tools import sign
+
+    sign.run(bundle, key=key, output=output, password=password, as_json=as_json)

@@ -28,11 +28,38 @@ def bench(
     predicted: Annotated[
         bool, typer.Option("--predicted", help="Predicted steps beside a computed one, instead; one thread.")
     ] = False,
+    service: Annotated[
+        bool, typer.Option("--service", help="The cloud service beside a server of one run after another, instead.")
+    ] = False,
+    clients: Annotated[int | None, typer.Option(min=1, help="With --service: clients at once; 8.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="With --service: shared by both servers' rounds; 60.")
+    ] = None,
     work: Annotated[Path | None, typer.Option(help="Keep the graphs here for another run; figures never are.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON object here.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time one guided step here against torch, Optimum, OpenVINO and NNCF: the same network, interleaved in one run."""
+    if service:
+        from latentrelay.tools import bench_service
+
+        refuse(
+            {"--geometry": geometry, "--student": student, "--bundle": bundle, "--row": rows, "--predicted": predicted}
+            | {"--work": work},
+            "--service",
+        )
+        status = bench_service.run(
+            clients=clients or 8,
+            seconds=seconds or 60.0,
+            model=model or "reference",
+            threads=threads,
+            rounds=rounds,
+            output=output,
+            as_json=as_json,
+        )
+        raise typer.Exit(status)
+    if clients is not None or seconds is not None:
+        raise typer.BadParameter("--clients and --seconds: of use beside --service only")
     if predicted:
         from latentrelay.tools import bench_predicted
 

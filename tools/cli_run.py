@@ -1,4 +1,4 @@
-"""What runs things, on the command line: serve, generate, verify. Every one imports what it needs when it runs."""
+"""What runs things, on the command line: serve, generate, plan, verify; each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from latentrelay.tools.cli_options import Backend, Json, Model
+from latentrelay.tools.cli_options import Backend, Json, Model, ProfileFolder
 
 
 def serve(
@@ -112,6 +112,30 @@ def generate(
     token: Annotated[str | None, typer.Option(envvar="LATENTRELAY_TOKEN", help="The cloud's bearer token.")] = None,
     wire_dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     fallback: Annotated[bool, typer.Option(help="Run all steps here if the cloud is out of reach.")] = True,
+    cloud_deadline: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Seconds for everything asked of the cloud, 60 if not given; a slow one may hand over early.",
+        ),
+    ] = None,
+    thermal: Annotated[
+        str,
+        typer.Option(
+            help="How hot the device is: nominal, fair, serious or critical; from serious on more steps are predicted."
+        ),
+    ] = "nominal",
+    free_mib: Annotated[
+        float | None,
+        typer.Option(min=0, help="Memory that the run may take; with too little more steps are predicted."),
+    ] = None,
+    previews: Annotated[Path | None, typer.Option(help="Write a small picture of every step into this folder.")] = None,
+    public_key: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="LATENTRELAY_PUBLIC_KEY", help="The bundle must be signed with this PEM key's private half."
+        ),
+    ] = None,
     backend: Backend = None,
     no_predict: Annotated[
         bool, typer.Option("--no-predict", help="Compute every step, also where the bundle predicts some.")
@@ -136,16 +160,81 @@ def generate(
         as_json=as_json,
         backend=backend,
         predict=not no_predict,
+        cloud_deadline_s=cloud_deadline,
+        thermal=thermal,
+        free_mib=free_mib,
+        previews=previews,
+        public_key=public_key,
     )
+
+
+def plan(
+    device: Annotated[str, typer.Option("--device", "-d", help="A device profile's name or alias.")],
+    network: Annotated[
+        list[str],
+        typer.Option("--network", "-n", help="offline, 3g, 4g, 5g, wifi, lan or RTT_MS:MBIT; may be repeated."),
+    ],
+    bundle: Annotated[
+        list[Path] | None, typer.Option("--bundle", "-b", help="Plan with this bundle; may be repeated.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Without a bundle: the model whose students are meant.")
+    ] = "reference",
+    price: Annotated[
+        str | None, typer.Option(help="2.5 or 2.5/hour: an hour of the cloud's machine; 0.0001/step: one step.")
+    ] = None,
+    max_latency: Annotated[float | None, typer.Option(min=0.001, help="Seconds a picture may take.")] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(min=0, help="What a picture may cost, in the price's money.")
+    ] = None,
+    cloud: Annotated[str | None, typer.Option(help="Ask this service how fast and how busy it is.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="LATENTRELAY_TOKEN", help="The cloud's bearer token.")] = None,
+    cloud_step_ms: Annotated[
+        float | None, typer.Option(min=0.001, help="Instead: milliseconds a step takes there.")
+    ] = None,
+    sweep: Annotated[Path | None, typer.Option(help="What `evaluate --sweep` measured for your own model.")] = None,
+    here: Annotated[bool, typer.Option("--here", help="The device is this machine: time the bundles now.")] = False,
+    unmeasured: Annotated[
+        bool, typer.Option("--unmeasured", help="Rows whose quality nobody measured may be chosen too.")
+    ] = False,
+    device_watts: Annotated[float | None, typer.Option(min=0, help="What the device draws while it computes.")] = None,
+    profiles: ProfileFolder = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Plot the frontier into this picture.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Which split, precision and mask meet a latency or a cost with the least loss; exit status 3 if none does."""
+    from latentrelay.tools import plan
+
+    status = plan.run(
+        device,
+        network,
+        bundles=bundle or (),
+        model=model,
+        price=price,
+        max_latency_s=max_latency,
+        max_cost=max_cost,
+        cloud=cloud,
+        token=token,
+        cloud_step_ms=cloud_step_ms,
+        sweep=sweep,
+        here=here,
+        unmeasured=unmeasured,
+        device_watts=device_watts,
+        profiles=profiles,
+        output=output,
+        as_json=as_json,
+    )
+    raise typer.Exit(status)
 
 
 def verify(
     bundle: Path,
     selftest: Annotated[bool, typer.Option(help="Also run the bundle's sample inputs through this machine.")] = False,
     backend: Backend = None,
+    key: Annotated[Path | None, typer.Option(help="A PEM public key: the bundle must be signed with it.")] = None,
     as_json: Json = False,
 ) -> None:
     """Check every file of a bundle against its manifest; exit status 3 if anything differs."""
     from latentrelay.tools import verify
 
-    verify.run(bundle, selftest=selftest, as_json=as_json, backend=backend)
+    verify.run(bundle, selftest=selftest, as_json=as_json, backend=backend, key=key)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from latentrelay.runtime import Bundle, CloudClient, Session, StepEvent
+from latentrelay.runtime import Bundle, CloudClient, DeviceState, Session, StepEvent
 from latentrelay.runtime import generate as generate_picture
 from latentrelay.runtime.errors import RequestError
+from latentrelay.runtime.preview import Preview
 from latentrelay.tools.console import counting, emit, err, printable, table
 
 WIRE_DTYPES = ("float16", "float32")
@@ -30,16 +32,23 @@ def run(
     as_json: bool,
     backend: str | None = None,
     predict: bool = True,
+    cloud_deadline_s: float | None = None,
+    thermal: str = "nominal",
+    free_mib: float | None = None,
+    previews: Path | None = None,
+    public_key: Path | None = None,
 ) -> None:
     """Verify the bundle, make the picture, write it, print what happened. `backend` stands for the bundle's own;
-    `predict` False computes every step of a bundle that predicts some."""
+    `predict` False computes every step of a bundle that predicts some. `thermal` and `free_mib` say how the device is,
+    `previews` is a folder for a small picture of every step, `public_key` whose signature the bundle must have."""
+    state = DeviceState(thermal, free_mib)
     if wire_dtype not in WIRE_DTYPES:
         raise RequestError("unknown wire dtype", got=wire_dtype, expected=" or ".join(WIRE_DTYPES))
     if not output.absolute().parent.is_dir():
         raise RequestError("the picture's folder does not exist", got=str(output), do="Make it first.")
     if output.is_dir():
         raise RequestError("the picture's path is a folder", got=str(output), do="Give the name of a PNG file.")
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, public_key=public_key)
     steps = opened.manifest.schedule.num_steps
     with (
         CloudClient(cloud, token=token) if cloud else nullcontext() as client,
@@ -66,6 +75,9 @@ def run(
             fallback=fallback,
             wire_dtype=wire_dtype,
             predict=predict,
+            cloud_deadline_s=cloud_deadline_s,
+            device_state=lambda: state,
+            on_preview=_writer(previews) if previews is not None else None,
         )
         ran = {name: list(each) for name, each in session.providers_by_component.items()}
     result.save_png(output)
@@ -82,6 +94,8 @@ def run(
         "guidance": result.guidance,
         "bundle_digest": result.digest,
         "fallback_reason": result.fallback_reason,
+        "attempts": result.attempts,
+        "degraded": [{"what": each.what, "why": each.why, "detail": each.detail} for each in result.degraded],
     }
 
     def show(console: Any) -> None:
@@ -92,7 +106,19 @@ def run(
         console.print(
             f"[bold]{printable(output)}[/]: {result.path_taken}, {where}, {result.handoff_bytes} bytes handed over"
         )
-        if result.fallback_reason:
-            console.print(f"[yellow]the cloud was out of reach:[/] {printable(result.fallback_reason)}")
+        for each in result.degraded:
+            console.print(f"[yellow]{each.what}[/] ({each.why}): {printable(each.detail)}")
 
     emit(document, as_json, show)
+
+
+def _writer(folder: Path) -> Callable[[Preview], None]:
+    """Writes the small pictures of a run into `folder`, one a step, where the step was made in its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(preview: Preview) -> None:
+        from PIL import Image
+
+        Image.fromarray(preview.rgb).save(folder / f"{preview.step:04}-{preview.where}.png")
+
+    return write
