@@ -25,7 +25,7 @@ from latentrelay.cloud.errors import ReplicaError
 from latentrelay.cloud.metrics import Metrics
 from latentrelay.cloud.ray_ingress import Ingress, Message, ReplicaLost
 from latentrelay.cloud.ray_metrics import merged
-from latentrelay.cloud.ray_replica import Replica, make_app
+from latentrelay.cloud.ray_replica import DeployedReplica, make_app
 from latentrelay.cloud.replicas import Replicas, desired_replicas
 from latentrelay.cloud.serve import CloudServer, OnReady
 from latentrelay.cloud.service_options import ServiceOptions
@@ -87,7 +87,7 @@ def run_ray(
             tokens_file=tokens_file,
             service=dataclasses.replace(service or ServiceOptions(), replicas=replicas.maximum > 1),
         )
-        cluster = _Cluster(Replica, make_engine, application)
+        cluster = _Cluster(DeployedReplica, make_engine, application)
         ingress = Ingress(cluster.call, metrics=cluster.metrics)
         server = CloudServer(
             ingress,

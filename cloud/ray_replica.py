@@ -51,7 +51,7 @@ def make_app(
 
 
 class Replica:
-    """The class that is deployed. `make_engine()` loads the model; `make_app(engine)` is the application around it."""
+    """What is deployed. `make_engine()` loads the model; `make_app(engine)` is the application around it."""
 
     def __init__(self, make_engine: Callable[[], Any], make_app: Callable[[Any], Any]) -> None:
         self._engine = make_engine()
@@ -95,8 +95,8 @@ class Replica:
         """Take nothing new; whoever waits is answered after `grace_s`. Unfinished jobs stay in the store."""
         self._app.state.service.drain(grace_s)
 
-    async def __del__(self) -> None:
-        """Ray Serve awaits this when it ends a replica: the application's own end."""
+    async def close(self) -> None:
+        """The application's own end."""
         if self._running:
             self._running = False
             await self._stack.aclose()
@@ -113,6 +113,13 @@ class Replica:
             await self._app({**scope, "state": {}, "extensions": {}}, receive, messages.put)
         finally:
             await messages.put(None)
+
+
+class DeployedReplica(Replica):
+    """A replica whose end is awaited where it is deleted, as Ray Serve does; anybody else calls `close`."""
+
+    async def __del__(self) -> None:
+        await self.close()
 
 
 def _receiving(body: bytes, gone: asyncio.Event) -> Callable[[], Any]:

@@ -21,12 +21,12 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
 ]
 LONG_S = 300.0
-JOBS = 6
+JOBS = 4
 
 
 def _fields(seed: int) -> dict[str, Any]:
     return {
-        "prompt": "the red cat", "seed": seed, "height": 64, "width": 64, "num_steps": 80, "split": 80,
+        "prompt": "the red cat", "seed": seed, "height": 64, "width": 64, "num_steps": 40, "split": 40,
         "deterministic": True,
     }  # fmt: skip
 
