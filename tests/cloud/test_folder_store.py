@@ -25,6 +25,17 @@ def child(program: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+def release(processes: list[subprocess.Popen[str]]) -> None:
+    """Let children that wait for a line go on together, once all of them do."""
+    for each in processes:
+        assert each.stdout is not None
+        each.stdout.readline()
+    for each in processes:
+        assert each.stdin is not None
+        each.stdin.write("\n")
+        each.stdin.flush()
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> FolderStore:
     return FolderStore(tmp_path / "store")
@@ -250,11 +261,9 @@ COUNT = """
 def test_compare_and_swap_is_atomic_between_processes(store: FolderStore) -> None:
     store.create("job", KEY, b"0")
     processes = [child(COUNT, store.folder, KEY, 20) for _ in range(4)]
+    release(processes)
     for each in processes:
-        assert each.stdout is not None
-        each.stdout.readline()
-    for each in processes:
-        each.communicate("\n", timeout=120)
+        each.communicate(timeout=120)
     assert [each.returncode for each in processes] == [0] * 4
     assert store.read("job", KEY) == b"80"
 
@@ -290,10 +299,8 @@ CREATE = """
 
 def test_one_of_several_processes_creates_a_record(store: FolderStore) -> None:
     processes = [child(CREATE, store.folder, name) for name in "abc"]
-    for each in processes:
-        assert each.stdout is not None
-        each.stdout.readline()
-    won = [int(each.communicate("\n", timeout=120)[0]) for each in processes]
+    release(processes)
+    won = [int(each.communicate(timeout=120)[0]) for each in processes]
     assert sum(won) == 100
     assert len(store.keys("job")) == 100
 
