@@ -21,7 +21,8 @@ from latentrelay.tools.sweep import cores
 pytestmark = pytest.mark.slow
 
 SECONDS = float(os.environ.get("LATENTRELAY_SOAK_SECONDS", "600"))
-CLIENTS, SLICES, SPLIT = 16, 20, 4
+CLIENTS, SPLIT = 16, 4
+SLICES = max(8, min(20, int(SECONDS // 10)))
 MOST_GROWTH_MIB = 16.0  # over the soak, from the median of its second quarter to that of its last
 BUSY = 0.8
 
