@@ -474,6 +474,15 @@ def test_a_store_wiped_while_a_job_runs_has_it_again(desk: Desk) -> None:
     assert desk.ended(desk.accept("three").id).state == "done"
 
 
+def test_a_wiped_store_has_the_jobs_that_still_run_again(make: Callable[..., Desk]) -> None:
+    desk = make(ttl_s=1.0)
+    desk.runs.gate.clear()
+    jobs = {desk.accept("one").id, desk.accept("two").id}
+    subprocess.run(["rm", "-rf", desk.store.folder], check=False)
+    desk.until(lambda: set(desk.store.keys("job")) == jobs)
+    assert desk.on_disk("two"), "another process could finish them"
+
+
 def test_a_runner_that_gives_up_on_its_own_is_asked_again(desk: Desk) -> None:
     desk.runs.gate.clear()
     job = desk.accept()
