@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from latentrelay.runtime import AsyncCloudClient, CloudClient, Handoff, HandoffRequest
+from latentrelay.runtime.cloud_answers import Answer
+from latentrelay.runtime.cloud_blob import BlobParts
 from latentrelay.runtime.cloud_retries import RetryPolicy
 from latentrelay.runtime.errors import (
     CloudProtocolError,
@@ -535,3 +537,23 @@ def test_waits_grow_are_jittered_and_honour_retry_after() -> None:
         assert max(waits) > 0.8 * ceiling
         assert len(set(waits)) > 100
         assert all(5 <= policy.wait(failures, 5.0) <= 5 + ceiling / 4 for _ in range(50))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("content-range", "bytes 3-9/10"),  # not where the first part ended
+        ("content-range", "bytes 4-8/10"),  # not to the end
+        ("content-range", "bytes 4-99/100"),  # more than may come
+        ("content-range", "4-9/10"),
+        ("etag", '"' + "1" * 64 + '"'),  # of another blob
+    ],
+)
+def test_a_part_that_does_not_continue_is_dropped(name: str, value: str) -> None:
+    headers = {"content-type": "application/vnd.latentrelay.handoff", "etag": '"' + "0" * 64 + '"'}
+    parts = BlobParts(max_bytes=50)
+    assert parts.take(Answer(200, headers, b"0123", CloudUnavailableError("cut", kind="dropped"))) is None
+    assert parts.range_headers() == {"Range": "bytes=4-", "If-Range": headers["etag"]}
+    assert parts.take(Answer(206, {**headers, "content-range": "bytes 4-9/10", name: value}, b"456789")) is None
+    assert parts.range_headers() == {}
+    assert parts.room == 50
