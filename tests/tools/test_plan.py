@@ -274,3 +274,15 @@ def test_a_device_without_a_figure_is_not_guessed(evidence: Evidence) -> None:
     with pytest.raises(NoFigureError, match="devices measure"):
         of_released(profile, evidence, "reference")
     assert not is_this_machine(profile)
+
+
+def test_the_command_plans_and_says_what_it_was_asked_for_wrongly(command: Callable[..., Any]) -> None:
+    found = command("plan", "--device", "raspberry-pi-5", "--network", "70:12", "--cloud-step-ms", 12, "--json")
+    assert (found.status, found.json["networks"][0]["name"]) == (0, "70:12")
+    missed = command("plan", "--device", "raspberry-pi-5", "--network", "4g", "--max-latency", 0.01, "--json")
+    assert (missed.status, missed.json["chosen"]) == (3, None)
+    assert missed.json["nearest_miss"]["student"] == "pi"
+    wrong = command("plan", "--device", "raspberry-pi-5", "--network", "nowhere", "--json")
+    assert wrong.status == 2
+    assert "RTT_MS:MBIT" in wrong.json["reason"]
+    assert command("plan", "--device", "no-such-device", "--network", "4g").status == 2
