@@ -23,7 +23,7 @@ _NOTICE_S = 5.0  # for an application to end after its client has gone
 
 def load_engine(model: str, **arguments: Any) -> Any:
     """`Engine.load`, imported where it is called: in the replica, not in the process that starts it."""
-    from latentrelay.cloud.engine import Engine
+    from latentrelay.cloud import Engine
 
     return Engine.load(model, **arguments)
 

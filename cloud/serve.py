@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
-from latentrelay.cloud.app import create_app
-from latentrelay.cloud.engine import Engine
 from latentrelay.cloud.errors import PlaintextRefusedError
 from latentrelay.cloud.guarded_protocol import ConnectionLimits, guarded_protocol
 from latentrelay.cloud.service_options import ServiceOptions
@@ -30,6 +29,9 @@ from latentrelay.cloud.store import Store
 from latentrelay.cloud.tokens import Tokens
 from latentrelay.runtime.errors import RequestError
 from starlette.types import ASGIApp
+
+if TYPE_CHECKING:
+    from latentrelay.cloud.engine import Engine
 
 OnReady = Callable[[str, int], None]
 _SHUTDOWN_S = 10
@@ -118,9 +120,11 @@ def serve(
     without `insecure`, RequestError for half a certificate pair, one that cannot be read, or an address that cannot be
     taken.
     """
-    if not isinstance(engine, Engine):
+    if callable(engine):
         check_address(host, port, insecure=insecure, certfile=certfile, keyfile=keyfile)
         engine = engine()
+    from latentrelay.cloud.app import create_app  # torch: not for a process that only passes requests on
+
     app = create_app(engine, token=token, tokens=tokens, store=store, service=service or ServiceOptions())
     server = CloudServer(
         app, host=host, port=port, insecure=insecure, certfile=certfile, keyfile=keyfile, connections=connections
