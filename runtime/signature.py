@@ -55,8 +55,8 @@ def verify_bundle_signature(
     """
     root = Path(folder).resolve()
     path = Path(signature) if signature is not None else root / SIGNATURE_NAME
-    signed = read_signature(path, public_key)
     found = {name for name in regular_files(root) if name != SIGNATURE_NAME}
+    signed = read_signature(path, public_key)
     check_covers(signed, {name: sha256_file(root / name) for name in sorted(found & set(signed.digests))}, found)
     return signed
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,6 +228,28 @@ def test_links_are_refused(signed: Path, keys: SimpleNamespace, path: str) -> No
     for opened in (Bundle.open, verify_bundle_signature):
         with pytest.raises(BundleLayoutError, match="is a link"):
             opened(signed, public_key=keys.public)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("opened", [Bundle.open, verify_bundle_signature])
+def test_a_pipe_in_the_signatures_place_is_not_waited_for(
+    signed: Path, keys: SimpleNamespace, opened: Callable[..., Any]
+) -> None:
+    (signed / SIGNATURE_NAME).unlink()
+    os.mkfifo(signed / SIGNATURE_NAME)
+    errors: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            opened(signed, public_key=keys.public)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert isinstance(errors[0], BundleLayoutError)
 
 
 def test_a_manifest_cannot_list_the_signature(signed: Path, keys: SimpleNamespace) -> None:
