@@ -134,8 +134,10 @@ def test_a_job_of_another_replica_is_followed_and_cancelled_from_here(
     async def followed() -> list[JobStatus]:
         seen = [second.status(job, ME)]
         runs.gate.set()
+        started = asyncio.get_running_loop().time()
         while not seen[-1].ended:
             seen.append(await second.wait(job, ME, seen=seen[-1].version, timeout_s=60))
+        assert asyncio.get_running_loop().time() - started < 55, "it was woken, it did not time out"
         return seen
 
     assert asyncio.run(followed())[-1].state == "done"
