@@ -37,6 +37,7 @@ _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least; requests and answers are small 
 _REQUESTS = 1000  # at once in one replica: event streams last as long as their jobs
 _SCALE_S = 2.0
 _STOP_S = 20.0
+_METRICS_S = 30.0
 # Read by Ray when it is imported. No usage report and no cluster beyond this machine: with "clusters" off, every
 # port but one is bound to loopback, and a token that only these processes know guards them all.
 _ENVIRONMENT = {
@@ -226,7 +227,10 @@ class _Cluster:
 
     async def metrics(self) -> bytes:
         """The metrics of every replica that answers, and of the connections refused here."""
-        found = await self._handle.broadcast("metrics").results_async(timeout_s=10, return_exceptions=True)
+        try:
+            found = await self._handle.broadcast("metrics").results_async(timeout_s=_METRICS_S, return_exceptions=True)
+        except TimeoutError:
+            found = []  # a scrape without replicas says so
         answered = [(str(pid), text) for pid, text in (each for each in found if not isinstance(each, BaseException))]
         return merged([*answered, ("front", self.front.text())])
 
