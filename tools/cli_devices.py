@@ -45,6 +45,10 @@ def devices_check(
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")] = None,
     num_steps: NumSteps = 25,
     max_step_ms: Annotated[float | None, typer.Option(min=0, help="Also refuse a slower guided step.")] = None,
+    predict: Annotated[
+        str | None,
+        typer.Option(help="Count the ladders of predicted steps: whole_output, deep_feature, or auto: the widest."),
+    ] = None,
     measure: Annotated[bool, typer.Option(help="Measure the blocks here where no table of them is shipped.")] = False,
     profiles: ProfileFolder = None,
     as_json: Json = False,
@@ -64,6 +68,7 @@ def devices_check(
         num_steps=num_steps,
         max_step_ms=max_step_ms,
         measure=measure,
+        predict=predict,
         profiles=profiles,
         as_json=as_json,
     )

@@ -165,6 +165,12 @@ def build(
         str | None,
         typer.Option(help="With --speedup, the splits that predict steps, as 0,8; 0 and the profile's if not given."),
     ] = None,
+    hot_speedup: Annotated[
+        float | None,
+        typer.Option(
+            help="With --speedup: a second mask for each split, so many times faster, for a device that is hot."
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="A file with a rule for every layer; a released student's own if not given.")
     ] = None,
@@ -202,6 +208,7 @@ def build(
         speedup=speedup,
         predict=predict,
         predict_splits=predict_splits,
+        hot_speedup=hot_speedup,
         profiles=profiles,
         overwrite=overwrite,
         as_json=as_json,
