@@ -19,6 +19,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--queue", type=int, default=64)
+    parser.add_argument("--ttl", type=float, default=600.0)
     parser.add_argument("--port-file", type=Path, required=True)
     asked = parser.parse_args(words)
     end_with_parent()
@@ -33,7 +34,7 @@ def main(words: list[str] | None = None) -> None:
         lambda: Engine.load(resolve(asked.model), name=asked.model, limits=Limits(queue=asked.queue)),
         port=0,
         port_file=asked.port_file,
-        service=ServiceOptions(cache=False),
+        service=ServiceOptions(cache=False, ttl_s=asked.ttl),
     )
 
 
