@@ -62,7 +62,7 @@ def test_a_replica_killed_in_the_middle_of_its_jobs(replicas: Any, processes: An
     assert result[0].latents.tobytes() == alone.latents.tobytes()
     states = [processes.status(url, job) for job in jobs]
     assert {each["state"] for each in states} == {"done"}
-    assert max(each["attempts"] for each in states) == 2  # begun again by the other replica
+    assert sum(_samples(url, "latentrelay_jobs_recovered_total").values()) >= 1  # taken over by the other replica
     assert len(set(jobs)) == JOBS
     replayed = processes.post(url, _fields(0), key="job-0")
     assert replayed.json()["id"] == jobs[0]
