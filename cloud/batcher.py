@@ -92,6 +92,16 @@ class Batcher:
         for each in self._threads:
             each.start()
 
+    def warm_up(self) -> None:
+        """Make a step of the default size and look into its memory now, so that the first request need not wait."""
+        height, width = self.engine.default_size
+        branches = next(iter(self.engine.schedules.rules.values())).branches
+        request = RunRequest(
+            prompt="", seed=0, guidance=7.5 if branches == 2 else 1.0, height=height, width=width, num_steps=2, split=1
+        )
+        self.admission.capacity(Job(request, self.engine.latent_shape(request)[2:], 0, None))
+        self.engine.run(request)
+
     def drain(self) -> None:
         """Take nothing new from now on; what is held goes on."""
         with self._lock:

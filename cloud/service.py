@@ -7,6 +7,7 @@ nothing new is taken on, those who wait are answered after a while, and unfinish
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import tempfile
 import threading
@@ -27,7 +28,9 @@ from latentrelay.cloud.requests import parse_request
 from latentrelay.cloud.service_options import ServiceOptions
 from latentrelay.cloud.store import Store
 from latentrelay.cloud.tokens import Tokens
+from latentrelay.runtime.errors import LatentRelayError
 
+_log = logging.getLogger("latentrelay.cloud")
 FEATURES = (
     "accept_splits",
     "deadline",
@@ -96,8 +99,16 @@ class Service:
             model=_identity(self.engine),
             parse=lambda body: parse_request(body, self.engine.limits),
         )
+        if options.warm_up:
+            self._warm_up()
         self.batcher.start()
         self._board.start()
+
+    def _warm_up(self) -> None:
+        try:
+            self.batcher.warm_up()
+        except LatentRelayError as error:  # what is wrong with the default size need not be with others
+            _log.warning("the first step could not be made: %s", error)
 
     def drain(self, grace_s: float = 0.0) -> None:
         """Take on nothing new; whoever waits for a job gets `grace_s` more. From any thread, any number of times."""
@@ -169,7 +180,7 @@ class Service:
             "max_batch": self.batcher.admission.max_batch,
             "step_ms": load.step_ms,
             "estimate_ms": load.estimate_ms,
-            "features": list(FEATURES),
+            "features": [each for each in FEATURES if each != "step_cache" or self.engine.step_cache is not None],
             "ttl_s": self.options.ttl_s,
             "max_wait_s": self.options.max_wait_s,
         }

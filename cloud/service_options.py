@@ -17,6 +17,7 @@ class ServiceOptions:
     body may take to come. heartbeat_s: between two signs of life on an event stream. stream_s: the longest an event
     stream lasts; the client opens another. replicas: others serve the same store, and a client may ask any of them, so
     that a result is written before anybody is told of it. log_prompts writes prompts into the log; nothing else does.
+    warm_up: make a step of the default size before the first request is answered.
     """
 
     ttl_s: float = 600.0
@@ -33,3 +34,4 @@ class ServiceOptions:
     open_jobs: int | None = None
     replicas: bool = False
     log_prompts: bool = False
+    warm_up: bool = False

@@ -76,7 +76,7 @@ def run(
         "host": host,
         "port": port,
         "token": token,
-        "service": _service(how, log_format, log_prompts),
+        "service": _service(how, log_prompts),
         "insecure": insecure,
         "certfile": cert,
         "keyfile": key,
@@ -150,9 +150,9 @@ def _engine(how: Running) -> dict[str, Any]:
     }
 
 
-def _service(how: Running, log_format: str, log_prompts: bool) -> Any:
+def _service(how: Running, log_prompts: bool) -> Any:
     from latentrelay.cloud.service_options import ServiceOptions
 
     own = {"max_batch": how.max_batch, "memory_mib": how.memory_mib, "ttl_s": how.ttl_s}
     named: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
-    return ServiceOptions(cache=how.cache, log_prompts=log_prompts, **named)
+    return ServiceOptions(cache=how.cache, log_prompts=log_prompts, warm_up=True, **named)
