@@ -212,12 +212,12 @@ def get(url: str, job: str) -> httpx.Response:
 
 
 def asking(client: Any, request: Any, deadline_s: float, **options: Any) -> tuple[threading.Thread, list[Any]]:
-    """A thread that asks for a handoff; the list gets it, or the error."""
+    """A thread that asks for a handoff; the list gets it and the client's attempts in that thread, or the error."""
     result: list[Any] = []
 
     def ask() -> None:
         try:
-            result.append(client.handoff(request, deadline_s=deadline_s, **options))
+            result.extend([client.handoff(request, deadline_s=deadline_s, **options), client.attempts])
         except BaseException as error:
             result.append(error)
 
