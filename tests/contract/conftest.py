@@ -315,10 +315,36 @@ def _with_async_client(api: Api) -> HandoffCall:
     return call
 
 
+def _with_second_client(api: Api) -> HandoffCall:
+    """The client that was written from docs/embedding.md alone, in tests/second_client."""
+    import numpy as np
+
+    modules = {}
+    for name in ("second_client", "second_blob"):
+        if name not in sys.modules:
+            path = Path(__file__).parents[1] / "second_client" / f"{name}.py"
+            spec = importlib.util.spec_from_file_location(name, path)
+            if spec is None or spec.loader is None:
+                raise ImportError(f"{path} is missing")
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        modules[name] = sys.modules[name]
+    client = modules["second_client"].SecondClient(api.url, TOKENS["alice"])
+
+    def call(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        handoff = modules["second_blob"].parse(client.handoff(request))
+        modules["second_blob"].compare(handoff, request)
+        latents = handoff.arrays["latents"]
+        return np.array(latents.values, handoff.metadata["dtype"]).reshape(latents.shape), handoff.metadata
+
+    return call
+
+
 CLIENTS: dict[str, Callable[[Api], HandoffCall]] = {
     "httpx": _with_httpx,
     "CloudClient": _with_cloud_client,
     "AsyncCloudClient": _with_async_client,
+    "second": _with_second_client,
 }
 
 
