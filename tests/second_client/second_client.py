@@ -178,7 +178,8 @@ class SecondClient:
                     return bytes(job.part)
                 if self._watch and job.id and not job.part and "events" in job.features:
                     self._repeat(job, lambda: self._follow(job))
-                self._repeat(job, lambda: self._fetch(job))
+                if not job.whole:
+                    self._repeat(job, lambda: self._fetch(job))
         except Failed as error:
             if isinstance(error, Refused):
                 self._caps = None
@@ -246,11 +247,13 @@ class SecondClient:
             raise ProtocolError("media-type", answer.media_type)
         for name, status in _events(answer.pieces):
             job.failures = 0
+            _check_preview(status.get("preview"))
             if self._watch:
                 self._watch(status)
             if name in ("failed", "cancelled"):
                 problem = status.get("problem") or {"type": "urn:latentrelay:problem:cancelled", "status": 410}
-                raise self._verdict(job, int(problem.get("status", 500)), problem, None, accepted=True)[0]
+                number = problem.get("status")
+                raise self._verdict(job, number if type(number) is int else 500, problem, None, accepted=True)[0]
             if name == "done":
                 return
         raise _Cut("the events ended early")
@@ -356,7 +359,9 @@ class SecondClient:
             return {}
         try:
             document = answer.document(PROBLEM)
-        except ProtocolError:
+        except ProtocolError as error:
+            if error.kind != "json":
+                raise
             return {}
         answer.pieces = iter([json.dumps(document).encode()])
         return document
@@ -464,6 +469,18 @@ def _job_id(headers: http.client.HTTPMessage) -> str | None:
         if text and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", text):
             return text
     return None
+
+
+def _check_preview(preview: Any) -> None:
+    """ProtocolError unless it is None or a picture of at most 512 pixels a side."""
+    if preview is None:
+        return
+    try:
+        height, width, data = preview["height"], preview["width"], base64.b64decode(preview["rgb"], validate=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError("preview", repr(error)) from None
+    if not all(type(side) is int and 1 <= side <= 512 for side in (height, width)) or len(data) != height * width * 3:
+        raise ProtocolError("preview", f"{height} x {width}, {len(data)} bytes")
 
 
 def _events(pieces: Iterator[bytes]) -> Iterator[tuple[str, Document]]:

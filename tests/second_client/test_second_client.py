@@ -72,15 +72,28 @@ def remade(header: Callable[[dict[str, Any]], Any] | None = None, meta: Callable
     return len(text).to_bytes(8, "little") + text + data(blob[8 + length :])
 
 
+def only_memory(header: dict[str, Any]) -> None:
+    header["x0_prev"]["data_offsets"] = header.pop("latents")["data_offsets"]
+
+
+def wide_memory(header: dict[str, Any]) -> None:
+    header["x0_prev"].update(dtype="F32", data_offsets=[512, 1536])
+
+
 def written_out(inner: dict[str, Any], version: str = "1.0") -> None:
     inner.update(schema_version=version, shift_factor=0.0, generator="torch-cpu-mt19937", latent_space="sd")
 
 
+HEADER = int.from_bytes(BLOB[:8], "little")
 NAN16 = struct.pack("<e", math.nan)
 BAD_BLOBS: dict[str, tuple[str, bytes]] = {
     "empty": ("header", b""),
-    "length-beyond": ("header", b"\xff" * 8 + BLOB[8:]),
-    "length-too-great": ("header", (262145).to_bytes(8, "little") + b"{" + b" " * 300000),
+    "length-beyond": ("header", (HEADER + 1).to_bytes(8, "little") + BLOB[8 : 8 + HEADER]),
+    "length-of-2^64": ("header", b"\xff" * 8 + BLOB[8:]),
+    "length-too-great": (
+        "header",
+        (262145).to_bytes(8, "little") + BLOB[8 : 8 + HEADER].ljust(262145) + BLOB[8 + HEADER :],
+    ),
     "not-an-object": ("header", (2).to_bytes(8, "little") + b"[]"),
     "spaces-first": ("header", (4).to_bytes(8, "little") + b"  {}"),
     "key-twice": ("header", (13).to_bytes(8, "little") + b'{"a":1,"a":1}'),
@@ -89,16 +102,23 @@ BAD_BLOBS: dict[str, tuple[str, bytes]] = {
     "no-metadata": ("__metadata__", remade(lambda header: header.pop("__metadata__"))),
     "more-metadata": ("__metadata__", remade(lambda header: header["__metadata__"].update(more=""))),
     "another-tensor": ("tensors", remade(lambda header: header.update(more=header.pop("x0_prev")))),
-    "no-latents": ("tensors", remade(lambda header: header.update(more=header.pop("latents")))),
+    "no-latents": ("tensors", remade(only_memory, data=lambda data: data[512:])),
     "entry-with-more": ("x0_prev", remade(lambda header: header["x0_prev"].update(more=1))),
     "shape-of-three": ("latents", remade(lambda header: header["latents"].update(shape=[4, 8, 8]))),
     "batch-of-two": ("latents", remade(lambda header: header["latents"].update(shape=[2, 2, 8, 8]))),
     "shapes-differ": ("x0_prev", remade(lambda header: header["x0_prev"].update(shape=[1, 8, 4, 8]))),
     "boolean-shape": ("latents", remade(lambda header: header["latents"].update(shape=[True, 4, 8, 8]))),
-    "dtypes-differ": ("x0_prev", remade(lambda header: header["x0_prev"].update(dtype="F32", shape=[1, 4, 8, 4]))),
+    "dtypes-differ": ("x0_prev", remade(wide_memory, data=lambda data: data + bytes(512))),
     "gap-at-the-end": ("data", remade(data=lambda data: data + b"\0")),
     "cut": ("x0_prev", BLOB[:-1]),
-    "overlap": ("data", remade(lambda header: header["x0_prev"].update(data_offsets=[0, 512]))),
+    "overlap": (
+        "data",
+        remade(lambda header: header["x0_prev"].update(data_offsets=[256, 768]), data=lambda data: data[:768]),
+    ),
+    "gap-between": (
+        "data",
+        remade(lambda header: header["x0_prev"].update(data_offsets=[514, 1026]), data=lambda data: data + b"\0\0"),
+    ),
     "negative-offset": ("x0_prev", remade(lambda header: header["x0_prev"].update(data_offsets=[-512, 0]))),
     "nan": ("latents", remade(data=lambda data: NAN16 + data[2:])),
     "version-2": ("schema_version", remade(meta=lambda meta: meta.update(schema_version="2.0"))),
@@ -223,6 +243,52 @@ def test_the_loop_makes_the_recorded_calls(second: Any, number: int) -> None:
     assert result.kinds == facts["kinds"]
     assert graph.made == len(facts["calls"])
     assert same(result.latents, floats(LOOP / facts["latents"]), 1e-5)
+
+
+def test_a_recomputed_step_leaves_the_ladders_as_they_are(second: Any) -> None:
+    prediction = {"fallback_threshold": 0.5, "masks": [
+        {"split": 0, "row": 3, "mask": ["full", "predicted", "predicted", "full"]},
+        {"split": 0, "row": 4, "mask": ["full", "predicted", "predicted", "predicted"], "level": "hot"},
+    ]}  # fmt: skip
+    seen: list[tuple[str, int, float, int]] = []
+
+    def graph(name: str, inputs: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+        step = int(inputs["step"][0])
+        seen.append((name, step, inputs["feature_ladder"][0], int(inputs["split_row"][0])))
+        out: dict[str, Sequence[float]] = {"latents": inputs["latents"], "x0_prev": inputs["x0_prev"]}
+        if name == "step_predicted":
+            return {**out, "probe_error": [0.6 if step == 1 else 0.5]}
+        return {**out, **{role: [step + 10.0] * len(inputs[role]) for role in second.loop.LADDERS}}
+
+    start = second.loop.start_latents(MANIFEST, 7)
+    manifest = {**MANIFEST, "prediction": prediction}
+    result = second.loop.run(manifest, graph, start, None, 0, [], 2.0, 7, "hot")
+    assert result.kinds == ["full", "recomputed", "predicted", "predicted"]
+    assert [each[:2] for each in seen] == [("step_full", 0), ("step_predicted", 1), ("step_full", 1),
+                                          ("step_predicted", 2), ("step_predicted", 3)]  # fmt: skip
+    assert math.isnan(seen[0][2])
+    assert [each[2] for each in seen[1:]] == [10.0] * 4
+    assert {each[3] for each in seen} == {4}
+    assert second.loop.run(manifest, graph, start, None, 0, [], 2.0, 7).kinds[-1] == "full"
+    assert second.loop.run(manifest, graph, start, None, 2, [], 2.0, 7, "hot").kinds == ["full", "full"]
+
+
+@pytest.mark.parametrize("split", [0, 1])
+def test_a_sampler_with_noise_draws_it_after_the_start(second: Any, split: int) -> None:
+    full = MANIFEST["components"]["step_full"]
+    port = {"role": "noise", "name": "noise", "dtype": "float32", "shape": [1, 4, 2, 2]}
+    components = {**MANIFEST["components"], "step_full": {**full, "inputs": [*full["inputs"], port]}}
+    manifest = {**MANIFEST, "components": components, "prediction": None}
+    noises: list[Sequence[float]] = []
+
+    def graph(name: str, inputs: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+        noises.append(inputs["noise"])
+        return {role: [0.0 if math.isnan(value) else value for value in values] for role, values in inputs.items()}
+
+    source = second.loop.Noise(7)
+    draws = [source.draw(16) for _ in range(4)]
+    second.loop.run(manifest, graph, draws[0], None, split, [], 2.0, 7)
+    assert noises == [*draws[1 + split :], [0.0] * 16]
 
 
 def test_nan_stops_the_loop_and_names_the_step(second: Any) -> None:
@@ -454,6 +520,25 @@ def test_an_answer_ends_the_handoff_as_the_document_says(second: Any, script: An
     assert not any(request.method == "DELETE" for request in server.requests)
 
 
+PREVIEWS: dict[str, Any] = {
+    "too wide": {"height": 1, "width": 513, "rgb": "AAAA" * 513},
+    "too short": {"height": 1, "width": 2, "rgb": "AAAA"},
+    "not base64": {"height": 1, "width": 1, "rgb": "%%%%"},
+    "no width": {"height": 1, "rgb": "AAAA"},
+}
+
+
+@pytest.mark.parametrize("name", list(PREVIEWS))
+def test_a_bad_preview_is_a_protocol_error(second: Any, script: Any, name: str) -> None:
+    status = {"id": JOB, "state": "running", "preview": PREVIEWS[name]}
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+    stream = f"event: progress\ndata: {json.dumps(status)}\n\n".encode()
+    client, _ = made(second, script(but(EVENTS=head + stream)), watch=lambda status: None)
+    with pytest.raises(second.client.ProtocolError) as caught:
+        client.handoff(REQUEST)
+    assert caught.value.kind == "preview"
+
+
 def test_a_failed_job_ends_the_handoff_with_its_problem(second: Any, script: Any) -> None:
     status = {"id": JOB, "state": "failed", "problem": {"type": "urn:latentrelay:problem:run-failed", "status": 500}}
     stream = f": alive\n\nevent: failed\nid: 1\ndata: {json.dumps(status)}\n\n".encode()
@@ -506,6 +591,13 @@ def test_plain_http_to_another_machine_is_refused(second: Any) -> None:
 # --- giving up
 
 
+@pytest.fixture
+def patient(second: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second to leave is little on a busy machine."""
+    monkeypatch.setattr(second.client, "LEAVE_S", 30.0)
+
+
+@pytest.mark.usefixtures("patient")
 def test_at_the_deadline_the_job_is_deleted(second: Any, script: Any) -> None:
     server = script(but(POST=recorded("post"), GET=problem(503, "draining", "Retry-After: 600")))
     client, slept = made(second, server)
@@ -516,6 +608,7 @@ def test_at_the_deadline_the_job_is_deleted(second: Any, script: Any) -> None:
     assert (server.requests[-1].method, server.requests[-1].path) == ("DELETE", f"/v1/handoffs/{JOB}")
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_post_that_may_have_arrived_is_found_and_deleted(second: Any, script: Any) -> None:
     server = script(but(POST=[problem(503, "draining", "Retry-After: 600"), None]))
     client, _ = made(second, server)
@@ -561,6 +654,15 @@ def real_request(url: str, **changes: Any) -> dict[str, Any]:
             "model_digest": caps["model"]["digest"], **changes}  # fmt: skip
 
 
+def test_previews_come_with_the_events(second: Any, tiny_cloud: str) -> None:
+    seen: list[dict[str, Any]] = []
+    request = real_request(tiny_cloud, preview=True, num_steps=200, split=200)
+    client = second.client.SecondClient(tiny_cloud, watch=seen.append)
+    second.blob.compare(second.blob.parse(client.handoff(request, 120)), request)
+    assert seen[-1]["step"] == 200
+    assert any("preview" in status for status in seen)
+
+
 @pytest.mark.parametrize("versions", [["1.0"], ["1.1"]])
 def test_the_real_service_hands_over(second: Any, tiny_cloud: str, versions: list[str]) -> None:
     seen: list[dict[str, Any]] = []
@@ -582,6 +684,7 @@ def test_step_0_is_handed_over_as_noise(second: Any, tiny_cloud: str) -> None:
     assert same(latents.values, noise, 2e-6)
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_cancelled_handoff_leaves_no_job(second: Any, tiny_cloud: str) -> None:
     jobs: list[str] = []
 
