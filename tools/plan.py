@@ -48,6 +48,8 @@ def run(
     `here`: the device is this machine, so bundles are timed now (a profile that `devices measure` wrote here says so
     itself). Raises RequestError, ProfileError, BundleError, CloudError and what plan_times and plan_cloud raise.
     """
+    if output is not None and not output.absolute().parent.is_dir():
+        raise RequestError("the plot's folder does not exist", got=str(output), do="Make it first.")
     links = [parse_network(words) for words in dict.fromkeys(networks)]
     goals, money = Goals(max_latency_s, max_cost), parse_price(price)
     _check(links, goals, money, cloud, cloud_step_ms, here, bundles)

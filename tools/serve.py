@@ -123,7 +123,11 @@ def _check(
     if replicas is not None and not ray:
         raise RequestError("replicas were asked for without Ray", got=f"--replicas {replicas}", do="Give --ray too.")
     if token is not None and tokens is not None:
-        raise RequestError("both a token and a file of tokens were given", do="Give one of them.")
+        raise RequestError(
+            "both a token and a file of tokens were given",
+            got="--tokens, and --token or LATENTRELAY_TOKEN in the environment",
+            do="Give one of them.",
+        )
     for what, got, allowed in (("dtype", how.dtype, DTYPES), ("log format", log_format, LOG_FORMATS)):
         if got not in allowed:
             raise RequestError(f"unknown {what}", got=got, expected=" | ".join(allowed))

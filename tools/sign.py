@@ -76,9 +76,12 @@ def _public_half(key: Path, password: str | None) -> bytes:
     with extra("sign", "signing a bundle"):
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
     form = serialization.PublicFormat.SubjectPublicKeyInfo
     try:
         private = serialization.load_pem_private_key(key.read_bytes(), password.encode() if password else None)
+        if not isinstance(private, ec.EllipticCurvePrivateKey):
+            raise ValueError(f"a key of another kind ({type(private).__name__.lstrip('_')})")
         return private.public_key().public_bytes(serialization.Encoding.PEM, form)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         what = error.strerror if isinstance(error, OSError) else str(error).split(".")[0]

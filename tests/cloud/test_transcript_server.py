@@ -90,6 +90,8 @@ def test_status_and_promised_headers(name: str, again: Any, golden: Any) -> None
 def test_documents_have_their_recorded_keys(name: str, again: Any, golden: Any) -> None:
     then, now = json.loads(golden[name].body), json.loads(again[name].body)
     assert set(then) <= set(now)
+    if name == "capabilities":  # what only a service with a schedule offers
+        then["features"].remove("step_cache")
     for key in ("type", "status", "field", "state", "step", "split", "num_steps", "next_step", "features", "dtypes"):
         if key in then and name != "post":  # a job may have begun meanwhile
             assert (key, now[key]) == (key, then[key])

@@ -416,6 +416,13 @@ def test_keys_that_cannot_sign_and_passwords(signed: Path, keys: SimpleNamespace
         assert "secret" not in str(caught.value)
 
 
+def test_a_private_key_of_another_kind_is_misuse(signed: Path, tmp_path: Path) -> None:
+    made = tmp_path / "rsa.pem"
+    subprocess.run(["openssl", "genrsa", "-out", made, "2048"], check=True, capture_output=True)
+    with pytest.raises(RequestError, match="elliptic-curve"):
+        sign_bundle(signed, made)
+
+
 def test_a_verifier_without_cryptography_says_how_to_get_it(signed: Path, keys: SimpleNamespace) -> None:
     code = (
         "import sys; sys.modules['cryptography'] = None\nfrom latentrelay.runtime import Bundle\n"
