@@ -64,7 +64,8 @@ class LineFormatter(logging.Formatter):
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         head = {"time": when, "level": record.levelname.lower(), "event": record.getMessage().rstrip()[:_MAX_CHARS]}
         if self._json:
-            return json.dumps(head | fields, default=_plain)
+            rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in fields.items()}
+            return json.dumps(head | rounded, default=_plain)
         words = [when, head["level"], _escaped(head["event"])]
         return " ".join(words + [f"{key}={_escaped(_plain(value), quote=True)}" for key, value in fields.items()])
 

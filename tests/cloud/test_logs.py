@@ -103,3 +103,10 @@ def test_levels() -> None:
     logs.event(_log, "quiet", level=logging.DEBUG)
     logging.getLogger("uvicorn.error").info("started")
     assert not stream.getvalue()
+
+
+def test_numbers_are_written_to_a_few_digits() -> None:
+    stream = io.StringIO()
+    logs.configure("json", stream=stream)
+    logs.event(_log, "request", ms=0.6241849987418391, status=200, route="/healthz")
+    assert '"ms": 0.624, "status": 200, "route"' in stream.getvalue()
