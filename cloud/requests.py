@@ -71,6 +71,7 @@ def parse_request(body: bytes, limits: Limits) -> RunRequest:
     """The request in a JSON body. Raises ProblemError: 400 for what is not JSON, 422 for a field out of range."""
     try:
         request = _validated(body)
+        json.loads(body, object_pairs_hook=_unique)  # after the other reader, which bounds depth and length of numbers
         f"{request.prompt}{request.negative_prompt}".encode()
     except UnicodeEncodeError:
         raise ProblemError(400, "malformed-json", "The prompt holds half of a surrogate pair; send UTF-8.") from None
@@ -78,6 +79,15 @@ def parse_request(body: bytes, limits: Limits) -> RunRequest:
         raise _problem(error.errors(include_url=False, include_context=False)) from None
     check_limits(request, limits)
     return request
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> None:
+    """Raise 422 for a key that stands twice in one object: readers differ in which of the two they take."""
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise invalid_field(key[:64], "A key stands twice in one object.", "twice", "once")
+        seen.add(key)
 
 
 def _validated(body: bytes) -> RunRequest:

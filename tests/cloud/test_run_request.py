@@ -83,3 +83,28 @@ def test_how_a_result_is_wanted_does_not_change_which() -> None:
     assert same.content() == parsed().content()
     for change in ({"seed": 2}, {"deterministic": True}, {"step_cache": True}, {"dtype": "float32"}):
         assert parsed(**change).content() != parsed().content()
+
+
+@pytest.mark.parametrize(
+    ("added", "field"),
+    [
+        (b'"seed": 1', "seed"),
+        (b'"prompt": "another"', "prompt"),
+        (b'"schema_version": "1.1", "new": {"a": 1, "b": [{"c": 1, "c": 1}]}', "c"),
+        (b'"schema_version": "1.1", "n\\u0065w": 1, "new": 1', "new"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(added: bytes, field: str) -> None:
+    with pytest.raises(ProblemError, match="stands twice") as caught:
+        parse_request(json.dumps(PLAIN).encode()[:-1] + b", " + added + b"}", Limits())
+    assert (caught.value.status, caught.value.kind) == (422, "invalid-request")
+    assert caught.value.document()["field"] == field
+    assert "another" not in json.dumps(caught.value.document())
+
+
+def test_depth_and_long_numbers_are_bounded_before_keys_are_counted() -> None:
+    for value in (b"[" * 20_000 + b"]" * 20_000, b"9" * 30_000):
+        body = json.dumps(PLAIN | {"schema_version": "1.1"}).encode()[:-1] + b', "new": ' + value + b"}"
+        with pytest.raises(ProblemError) as caught:
+            parse_request(body, Limits())
+        assert caught.value.kind == "malformed-json"
