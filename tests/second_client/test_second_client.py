@@ -393,8 +393,11 @@ def test_a_request_is_repeated_with_the_same_key_and_body(second: Any, script: A
     assert all(pause <= 0.1 * 2**index for index, pause in enumerate(slept[1:], 1))
 
 
-def test_a_cut_stream_of_events_is_asked_for_again(second: Any, script: Any) -> None:
-    cut = recorded("events")[:700]
+EVENTS_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+
+
+@pytest.mark.parametrize("cut", [recorded("events")[:700], EVENTS_HEAD + b": alive\n\n"], ids=["chunked", "closed"])
+def test_a_cut_stream_of_events_is_asked_for_again(second: Any, script: Any, cut: bytes) -> None:
     server, seen = script(but(EVENTS=[cut, None])), []
     client, _ = made(second, server, watch=seen.append)
     assert client.handoff(REQUEST) == BLOB
@@ -410,7 +413,7 @@ def test_a_lost_job_is_posted_again_with_the_same_key(second: Any, script: Any) 
     assert len({(post.headers["idempotency-key"], post.body) for post in posts}) == 1
 
 
-CUT, REST = recorded("blob-cut"), recorded("blob-rest")
+CUT, REST, WHOLE = recorded("blob-cut"), recorded("blob-rest"), recorded("post-again")
 RESUMED: dict[str, tuple[list[bytes], int]] = {
     "another etag": ([CUT, REST.replace(b'etag: "3', b'etag: "4'), recorded("post-again")], 3),
     "another start": ([CUT, REST.replace(b"bytes 500-", b"bytes 501-"), recorded("post-again")], 3),
@@ -420,6 +423,15 @@ RESUMED: dict[str, tuple[list[bytes], int]] = {
     "parts that do not fit": ([CUT, REST[:-1] + b"\0", recorded("post-again")], 3),
     "a weak etag": ([CUT.replace(b'etag: "', b'etag: W/"'), recorded("post-again")], 2),
 }
+
+
+def test_the_blob_of_a_post_is_resumed_too(second: Any, script: Any) -> None:
+    cut = WHOLE[: len(WHOLE) - len(BLOB) + FACTS["cut_after"]]
+    server = script(but(POST=cut, GET=REST))
+    client, _ = made(second, server)
+    assert client.handoff(REQUEST) == BLOB
+    assert [request.method for request in server.requests] == ["GET", "POST", "GET"]
+    assert server.requests[2].headers["range"] == f"bytes={FACTS['cut_after']}-"
 
 
 @pytest.mark.parametrize("name", list(RESUMED))
@@ -437,7 +449,6 @@ def test_a_part_that_does_not_fit_is_dropped(second: Any, script: Any, name: str
 # --- refusals
 
 
-WHOLE = recorded("post-again")
 ENDINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "another body": ("Refused", "idempotency-key-reused", {"POST": recorded("post-another-body")}),
     "another model": ("Refused", "handoff-mismatch", {"POST": recorded("post-another-model")}),
