@@ -38,6 +38,19 @@ def result_lost() -> ProblemError:
     return ProblemError(410, "result-lost", "The stored result is damaged or gone. Send it again with a new key.")
 
 
+def other_model() -> ProblemError:
+    """The key's job belongs to a service that shares the store and serves another model."""
+    return ProblemError(
+        409,
+        "other-model",
+        "This Idempotency-Key names a job of a service with another model, or another default sampler or precision. "
+        "Send the request with a new key to have it made here.",
+        field="idempotency-key",
+        received="the key of a job of another model",
+        wanted="a new key",
+    )
+
+
 def unreadable() -> ProblemError:
     """The request was recorded by a version that knew more, or less."""
     detail = "This version of the service cannot read the recorded request. Send it again with a new key."

@@ -21,7 +21,7 @@ from uuid import uuid4
 from latentrelay.runtime.digest import canonical_json
 from latentrelay.runtime.strict_json import check_schema_version, parse_record, read_json, record_to_json
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"  # 1.1: model
 OPEN_STATES = ("queued", "running")
 END_STATES = ("done", "failed", "cancelled", "expired", "deleted")
 Preview = tuple[int, int, bytes]
@@ -57,7 +57,8 @@ class JobRecord:
     request: the body as it came; None once ended. fingerprint: "<salt>:<sha256 of salt and body>". attempts: how often
     a runner began it; adoptions: how often another runner took it over. etag and size of the blob and the step it was
     made at: only when done. content: the key under which its result may be shared. problem: an RFC 9457 document, only
-    when failed.
+    when failed. model: what decides the result's bytes besides the request, as the service that accepted it names it;
+    "" is not known (schema 1.0), and then any service's.
     """
 
     id: str
@@ -80,6 +81,7 @@ class JobRecord:
     cloud_ms: float | None = None
     problem: Mapping[str, Any] | None = None
     ended: Moment | None = None
+    model: str = ""
     schema_version: str = SCHEMA_VERSION
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -87,6 +89,10 @@ class JobRecord:
     def open(self) -> bool:
         """Whether it is still to be run to its end."""
         return self.state in OPEN_STATES
+
+    def made_by(self, model: str) -> bool:
+        """Whether a service with this model may answer for the job."""
+        return self.model in ("", model)
 
     def left_s(self) -> float | None:
         """Seconds until the deadline, 0 .. deadline_s whatever the clocks say; None without one."""
@@ -114,6 +120,8 @@ class JobRecord:
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
         document = record_to_json(self)
+        if not self.model:
+            del document["model"]  # schema 1.0 has no such key
         return canonical_json({**document.pop("extra"), **document})
 
     @classmethod

@@ -22,7 +22,7 @@ from latentrelay.cloud import logs
 from latentrelay.cloud.doorbell import Doorbell
 from latentrelay.cloud.errors import DrainingError, ProblemError, QueueFullError, RefusedError, ServiceError
 from latentrelay.cloud.job_ledger import Entry, JobLedger, content_key
-from latentrelay.cloud.job_problems import result_lost
+from latentrelay.cloud.job_problems import other_model, result_lost
 from latentrelay.cloud.job_record import JobRecord, JobStatus, Moment, fingerprint, job_id, same_body
 from latentrelay.cloud.job_runs import JobObserver, JobOptions, Report, Runs, RunTicket
 from latentrelay.cloud.limits import Limits
@@ -63,7 +63,8 @@ class JobBoard:
         parse: Callable[[bytes], RunRequest] | None = None,
     ) -> None:
         """model: names everything about the service that decides a result's bytes (model digest, default sampler,
-        compute precision); "" switches the cache of results off. parse: reads the requests of adopted jobs."""
+        compute precision): boards with different ones may share a store, and leave each other's jobs alone; "" switches
+        the cache of results off. parse: reads the requests of adopted jobs."""
         self._store, self._runs, self._observer, self._model = store, runs, observer, model
         self._options = options or JobOptions()
         self._parse = parse or (lambda body: parse_request(body, _NO_LIMITS))
@@ -83,13 +84,21 @@ class JobBoard:
         """
         self._registration = self._store.register(secrets.token_hex(16))
         self._recovery = Recovery(
-            self._ledger, self._live, self._bell, self._registration, self._options, self._observer, self._parse
+            self._ledger,
+            self._live,
+            self._bell,
+            self._registration,
+            self._options,
+            self._observer,
+            self._parse,
+            model=self._model,
         )
         self._live.start()
         self._thread.start()
 
     def drain(self) -> None:
-        """Take nothing new, and give what waits to other replicas or the next process; what runs goes on."""
+        """Take nothing new, and give what waits to other replicas, or the next process, of the same model; what runs
+        goes on."""
         self._closing = True
         if self._recovery is not None:
             self._recovery.adopting = False
@@ -121,8 +130,9 @@ class JobBoard:
     ) -> Accepted:
         """Record the job and have it run; or the job of an earlier request with the same owner and key.
 
-        Raises ProblemError (422 idempotency-key-reused where the body is another one; what the runner says of the
-        request) and RefusedError (the queue, the memory, the deadline, the store); then nothing was accepted.
+        Raises ProblemError (422 idempotency-key-reused where the body is another one; 409 other-model where the job is
+        another model's; what the runner says of the request) and RefusedError (the queue, the memory, the deadline, the
+        store); then nothing was accepted.
         """
         id = job_id(owner, key if key is not None else secrets.token_hex(32))
         until = time.monotonic() + _SETTLE_S
@@ -131,6 +141,8 @@ class JobBoard:
             if known is not None:
                 if not same_body(known.fingerprint, document):
                     raise _reused()
+                if not known.made_by(self._model):
+                    raise other_model()
                 self._count(replayed=True)
                 return Accepted(id, True)
             if self._accepted(id, request, document, owner, trace):
@@ -258,6 +270,7 @@ class JobBoard:
             deadline_s=seconds,
             trace=trace,
             content=content,
+            model=self._model,
         )
         ready = self._from_cache(record)
         if ready is not None:

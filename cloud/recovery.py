@@ -1,7 +1,8 @@
 """What a board does on its own: adopts the jobs of dead runners, ends what is over, removes what nobody needs.
 
 Who is dead the store's registrations say, not a clock. Adopting is one compare-and-swap of the record, so that one
-replica alone does it. Results end after their time to live, records after theirs; blobs that no record and no cached
+replica alone does it. A job of another model is left to a replica of that model, and fails when its deadline passes:
+whoever notices ends it. Results end after their time to live, records after theirs; blobs that no record and no cached
 result names are removed when they were seen so twice, a while apart by this process's own clock.
 """
 
@@ -61,9 +62,12 @@ class Recovery:
         options: JobOptions,
         observer: JobObserver | None,
         parse: Callable[[bytes], RunRequest],
+        *,
+        model: str,
     ) -> None:
         self._ledger, self._live, self._bell = ledger, live, bell
         self._me, self._options, self._observer, self._parse = registration, options, observer, parse
+        self._model = model
         self._ended: dict[str, _Ended] = {}
         self._orphans: dict[str, tuple[Stamp, float]] = {}
         self._shared: set[str] = set()
@@ -74,6 +78,8 @@ class Recovery:
         self._retry_at = self._sweep_at = 0.0
         self._elsewhere: dict[str, str] = {}
         self._left = 0
+        self._mourned: set[str] = set()
+        self._foreign: set[str] = set()
         self.behind = 0
         self.adopting = True
 
@@ -92,7 +98,7 @@ class Recovery:
         owners = self._ledger.store.owners()
         dead = [each for each in owners if not self._ledger.store.alive(each)]
         self._live.accompanied = len(owners) - len(dead) > 1
-        if now >= self._sweep_at or (again if self._left else dead):
+        if now >= self._sweep_at or (again if self._left else not self._mourned.issuperset(dead)):
             self.sweep(dead)
 
     def sweep(self, dead: list[str]) -> None:
@@ -110,7 +116,8 @@ class Recovery:
         orphans.sort(key=lambda entry: entry.record.accepted.wall_s)
         self._left = self._adopt_all(orphans) if self.adopting else len(orphans)
         if not self._left:
-            for each in dead:
+            self._mourned = set(dead) if self._foreign else set()
+            for each in () if self._foreign else dead:  # else replicas of the other model learn of it late
                 self._ledger.store.forget(each)
         self._collect_results()
         self._collect_blobs()
@@ -145,7 +152,7 @@ class Recovery:
         now = time.monotonic()
         known, self._ended = self._ended, {}
         elsewhere: dict[str, str] = {}
-        orphans = []
+        orphans, foreign = [], []
         for id in ids:
             seen = known.get(id)
             if seen is not None and self._due(seen, now) is None:
@@ -160,10 +167,35 @@ class Recovery:
             elif self._live.get(id) is None:
                 if record.runner != self._me.owner and self._ledger.store.alive(record.runner):
                     elsewhere[id] = record.owner
-                else:
+                elif record.made_by(self._model):
                     orphans.append(entry)
+                else:
+                    elsewhere[id] = record.owner
+                    foreign.append(entry)
         self._elsewhere = elsewhere
+        self._leave_to_others(foreign, now)
         return orphans
+
+    def _leave_to_others(self, foreign: list[Entry], now: float) -> None:
+        """Jobs of another model that no living replica runs: fail those whose time is over, leave the others."""
+        warned, self._foreign = self._foreign, set()
+        for entry in foreign:
+            record, left_s = entry.record, entry.record.left_s()
+            if left_s == 0.0:
+                self._fail(entry, deadline_passed())
+            elif left_s is None and overdue(record.accepted, self._options.tombstone_s):
+                self._fail(entry, interrupted())
+            else:
+                self._foreign.add(record.id)
+                if left_s is not None:
+                    self._sweep_at = min(self._sweep_at, now + max(left_s, _RETRY_S))
+        if self._foreign - warned:
+            logs.event(
+                _log,
+                "unfinished jobs of another model are left to a replica of that model",
+                level=logging.WARNING,
+                jobs=len(self._foreign),
+            )
 
     def _understood(self, id: str) -> Entry | None:
         """The record; None, and a line in the log, where this version cannot read it: it is left as it is."""

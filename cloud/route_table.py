@@ -81,7 +81,7 @@ OPERATIONS: tuple[Operation, ...] = (
             400: ("malformed-json", "incomplete-body", "bad-idempotency-key"),
             406: ("wire-version",),
             408: ("body-timeout",),
-            409: ("handoff-mismatch", "request-unreadable"),
+            409: ("handoff-mismatch", "request-unreadable", "other-model"),
             410: _ENDED[410],
             413: ("body-too-large",),
             415: ("unsupported-media-type",),

@@ -1,7 +1,7 @@
 """A runner for the job board's tests: real threads and real handoffs, no network. Also a program: a board in a process.
 
-`python thread_runs.py <store> [--runs N] [--limit N] [--step-s S] [--poll-s S]` reads one JSON command a line and
-answers one JSON line each: accept, status, blob, cancel, close.
+`python thread_runs.py <store> [--places N] [--limit N] [--step-s S] [--poll-s S] [--model M]` reads one JSON command a
+line and answers one JSON line each: accept, status, blob, cancel, close.
 """
 
 from __future__ import annotations
@@ -181,9 +181,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--step-s", type=float, default=0.0)
     parser.add_argument("--poll-s", type=float, default=0.05)
+    parser.add_argument("--model", default="m")
     options = parser.parse_args()
     runs = ThreadRuns(places=options.places, limit=options.limit, step_s=options.step_s)
-    board = JobBoard(FolderStore(options.store), runs, options=JobOptions(poll_s=options.poll_s), model="m")
+    board = JobBoard(FolderStore(options.store), runs, options=JobOptions(poll_s=options.poll_s), model=options.model)
     board.start()
     commands: dict[str, Callable[..., Any]] = {
         "accept": lambda text, key: board.accept(parsed(text.encode()), text.encode(), owner="me", key=key).__dict__,
