@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from latentrelay.cloud.store import KINDS, Registration, Stamp, StoreFullError, StoreUnavailableError
+from latentrelay.runtime.errors import RequestError
 
 T = TypeVar("T")
 _KEY = re.compile(r"[0-9a-f]{32}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FOLDERS = (*KINDS, "blob", "owner", "lock", "part")
 _WIPES = 8
 _PART_S = 300.0  # a part older than this was left by a writer that died; a live one takes milliseconds
 
@@ -36,12 +38,25 @@ class FolderStore:
     """Records and blobs under one folder, which is made where it does not exist, also when it vanishes later."""
 
     def __init__(self, folder: str | os.PathLike[str], *, durable: bool = True) -> None:
-        """durable: a write has reached the disk when it returns; False is for a folder that ends with the process."""
+        """durable: a write has reached the disk when it returns; False is for a folder that ends with the process.
+
+        Raises RequestError where the folder cannot be made or written.
+        """
         self.folder = Path(os.path.abspath(folder))
         self._durable = durable
         self._parts: dict[str, float] = {}
-        with _translated():
+        try:
             self._make_folders()
+            for each in (self.folder, *(self.folder / name for name in _FOLDERS)):
+                if not os.access(each, os.R_OK | os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except (OSError, ValueError) as error:
+            raise RequestError(
+                "the store's folder cannot be used",
+                got=f"{self.folder} ({getattr(error, 'strerror', None) or error})",
+                expected="a folder that this user may write, or a path where one can be made",
+                do="Choose another folder, or make its owner the service's user.",
+            ) from error
 
     def put_blob(self, data: bytes) -> str:
         """See Store."""
@@ -250,7 +265,7 @@ class FolderStore:
 
     def _make_folders(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name in (*KINDS, "blob", "owner", "lock", "part"):
+        for name in _FOLDERS:
             (self.folder / name).mkdir(mode=0o700, exist_ok=True)
 
     def _made(self, act: Callable[[], T]) -> T:

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from latentrelay.cloud.errors import ReplicaError
+from latentrelay.cloud.folder_store import FolderStore
 from latentrelay.cloud.metrics import Metrics
 from latentrelay.cloud.ray_ingress import Ingress, Message, ReplicaLost
 from latentrelay.cloud.ray_metrics import merged
 from latentrelay.cloud.ray_replica import DeployedReplica, make_app
 from latentrelay.cloud.replicas import Replicas, desired_replicas
-from latentrelay.cloud.serve import CloudServer, OnReady
+from latentrelay.cloud.serve import CloudServer, OnReady, check_port_file
 from latentrelay.cloud.service_options import ServiceOptions
 from latentrelay.runtime.errors import MissingExtraError
 
@@ -77,10 +78,12 @@ def run_ray(
     functools.partial, is one. jobs_per_replica: more than that many jobs for each replica call for another one.
     store is a folder all replicas reach; without one a temporary folder is made, and removed at the end. threads: of
     each replica; the cores shared out among `replicas.maximum` if not given. Raises MissingExtraError without Ray,
-    ReplicaError when the replicas do not start.
+    ReplicaError when the replicas do not start, RequestError for a store's folder or port file that cannot be used.
     """
+    check_port_file(port_file)
     with ExitStack() as stack:
         folder = Path(store).resolve() if store is not None else stack.enter_context(_temporary("latentrelay-jobs-"))
+        FolderStore(folder)  # what is wrong with it shows here, before a replica starts
         application = functools.partial(
             make_app,
             store=folder,

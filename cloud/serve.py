@@ -8,6 +8,7 @@ application no more jobs; those who wait are answered, and what is unfinished th
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import signal
@@ -115,11 +116,12 @@ def serve(
 ) -> None:
     """Serve `engine` until a signal. `port_file` gets the port in decimal and is removed at the end.
 
-    A function instead of an engine is called once the address and the certificate have been checked, so that a mistake
-    in them shows before a model is loaded. Raises PlaintextRefusedError (exit status 3) for plain HTTP off loopback
-    without `insecure`, RequestError for half a certificate pair, one that cannot be read, or an address that cannot be
-    taken.
+    A function instead of an engine is called once the address, the certificate and the port file's folder have been
+    checked, so that a mistake in them shows before a model is loaded. Raises PlaintextRefusedError (exit status 3) for
+    plain HTTP off loopback without `insecure`, RequestError for half a certificate pair, one that cannot be read, an
+    address that cannot be taken, or a port file that cannot be written.
     """
+    check_port_file(port_file)
     if callable(engine):
         check_address(host, port, insecure=insecure, certfile=certfile, keyfile=keyfile)
         engine = engine()
@@ -156,6 +158,24 @@ def check_address(
         with _readable_pair():
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile)
     _bound(host, port).close()
+
+
+def check_port_file(port_file: str | os.PathLike[str] | None) -> None:
+    """Raise RequestError where the file could not be written once requests are answered; writes nothing that stays."""
+    if port_file is None:
+        return
+    path = Path(port_file)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            "the port file cannot be written",
+            got=f"{path} ({getattr(error, 'strerror', None) or error})",
+            expected="a file's name in a folder that is there and may be written",
+            do="Make the folder, or choose another.",
+        ) from error
 
 
 class _Announcing(uvicorn.Server):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from latentrelay.cloud.folder_store import FolderStore
 from latentrelay.cloud.store import KINDS, StoreFullError, StoreUnavailableError
+from latentrelay.runtime.errors import RequestError
 
 KEY, OTHER = "0" * 32, "0" * 30 + "ff"
 
@@ -175,10 +176,16 @@ def test_a_wiped_store_goes_on(store: FolderStore) -> None:
     registration.release()
 
 
-def test_a_store_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["file", "file/store", "/proc/nowhere", "held", "a" * 300, "nul\0"])
+def test_a_store_that_cannot_be_made_says_so(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StoreUnavailableError):
-        FolderStore(tmp_path / "file" / "store")
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "job").touch()
+    with pytest.raises(RequestError, match="the store's folder cannot be used") as caught:
+        FolderStore(tmp_path / name)
+    said = str(caught.value)
+    assert "Errno" not in said
+    assert all(each in said for each in ("got ", "expected a folder", "Choose another folder"))
 
 
 def test_parts_of_dead_writers_are_removed_after_a_while(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:

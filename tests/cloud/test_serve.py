@@ -75,6 +75,9 @@ def test_a_mistake_in_the_address_shows_before_a_model_is_loaded(tmp_path: Path)
             ({"port": 0, "host": "0.0.0.0"}, "plain HTTP"),
             ({"port": 0, "certfile": "cert.pem"}, "half of a TLS pair"),
             ({"port": 0, **pair}, "cannot be read"),
+            ({"port": 0, "port_file": tmp_path / "nope" / "f"}, "port file cannot be written.*No such file"),
+            ({"port": 0, "port_file": tmp_path}, "port file cannot be written.*directory"),
+            ({"port": 0, "port_file": tmp_path / "cert.pem" / "f"}, "port file cannot be written.*Not a directory"),
         ):
             with pytest.raises((RequestError, PlaintextRefusedError), match=message):
                 serve(load, **options)
