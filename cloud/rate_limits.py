@@ -7,12 +7,13 @@ are kept in the store where one is given, shared by its replicas and kept over r
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from latentrelay.cloud.errors import ProblemError
 from latentrelay.cloud.store import Store
@@ -21,10 +22,19 @@ from latentrelay.cloud.tokens import Caller
 _DAY_S = 86400
 _KIND = "quota"
 _TRIES = 20
+_WAITING = 8
+
+
+class _Turn:
+    """Whose turn it is among one caller's requests; `asked` counts the one that has it and those that wait."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.asked = 0
 
 
 class Usage:
-    """The counters of one service, by caller's name. Safe to use from several threads.
+    """The counters of one service, by caller's name. Safe to use from several threads, but for `turn`.
 
     `open_jobs` is for callers that have no such limit of their own. `clock` gives seconds that never go back; `wall`
     gives seconds since 1970 and only chooses the day.
@@ -43,23 +53,33 @@ class Usage:
         self._buckets: dict[str, tuple[float, float]] = {}
         self._steps: dict[tuple[str, int], int] = {}
         self._open_jobs = open_jobs
-        self._turns: dict[str, threading.Lock] = {}
+        self._turns: dict[str, _Turn] = {}
 
     def most_jobs(self, caller: Caller) -> int | None:
         """How many unfinished jobs the caller may have; None is unlimited."""
         return self._open_jobs if caller.limits.open_jobs is None else caller.limits.open_jobs
 
-    @contextmanager
-    def turn(self, caller: Caller) -> Iterator[None]:
+    @asynccontextmanager
+    async def turn(self, caller: Caller) -> AsyncIterator[None]:
         """One at a time for a caller with a limit of open jobs: between counting them and adding one, no other adds
-        one here. Replicas do not wait for each other: together they may pass the limit by one job each."""
-        if self.most_jobs(caller) is None:
+        one here. Replicas do not wait for each other: together they may pass the limit by one job each.
+
+        For the one loop that answers requests. Whoever waits holds no thread; as many wait as the caller may have jobs,
+        at least _WAITING. Raises ProblemError 429 `too-many-jobs` for more.
+        """
+        most = self.most_jobs(caller)
+        if most is None:
             yield
             return
-        with self._lock:
-            turn = self._turns.setdefault(caller.name, threading.Lock())
-        with turn:
-            yield
+        turn = self._turns.setdefault(caller.name, _Turn())
+        if turn.asked > max(most, _WAITING):
+            raise _refused("too-many-jobs", "Too many requests of this token wait for their turn.", most, 1.0)
+        turn.asked += 1
+        try:
+            async with turn.lock:
+                yield
+        finally:
+            turn.asked -= 1
 
     def request(self, caller: Caller) -> None:
         """Count one request. Raises ProblemError 429 `rate-limited`."""

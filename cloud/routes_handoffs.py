@@ -59,7 +59,7 @@ class HandoffRoutes:
         body = await read_body(request, service.engine.limits.max_body_bytes, service.options.body_s)
         wanted = parse_request(body, service.engine.limits)
         service.engine.check(wanted)
-        job = await asyncio.to_thread(self._accept, request, wanted, body, key)
+        job = await asyncio.shield(asyncio.ensure_future(self._in_turn(request, wanted, body, key)))
         request.state.job = job.id
         headers = {"Location": f"/v1/handoffs/{job.id}", "Latentrelay-Job": job.id}
         if job.replayed:
@@ -74,7 +74,7 @@ class HandoffRoutes:
             return await self._as_blob(request, job.id, status, headers)
         except ClientDisconnect:
             if key is None:
-                await asyncio.to_thread(service.board.cancel, job.id, request.state.caller.name)
+                await service.look(service.board.cancel, job.id, request.state.caller.name)
             raise
         except ProblemError as problem:  # whatever went wrong, the client learns which job it was about
             problem.headers = {**headers, **problem.headers}
@@ -84,7 +84,7 @@ class HandoffRoutes:
         """The job as events, as its status or as its blob, by Accept."""
         job = self._job(request)
         wanted = accepted(request)
-        status = await asyncio.to_thread(self._service.board.status, job, request.state.caller.name)
+        status = await self._service.look(self._service.board.status, job, request.state.caller.name)
         if wanted == EVENTS:
             return self._events(request, job, status)
         asked = preference(request, self._service.options.max_wait_s)
@@ -97,27 +97,32 @@ class HandoffRoutes:
     async def remove(self, request: Request) -> Response:
         """Cancel the job, or forget its result; the same again has no further effect."""
         job = self._job(request)
-        status = await asyncio.to_thread(self._service.board.cancel, job, request.state.caller.name)
+        status = await self._service.look(self._service.board.cancel, job, request.state.caller.name)
         return _status_response(status, 200, {})
 
+    async def _in_turn(self, request: Request, wanted: RunRequest, body: bytes, key: str | None) -> Accepted:
+        """Count the request and take the job on, in the caller's turn; a task of its own keeps the turn to its end."""
+        service, caller = self._service, request.state.caller
+        service.usage.request(caller)
+        async with service.usage.turn(caller):
+            return await service.accept(self._accept, request, wanted, body, key)
+
     def _accept(self, request: Request, wanted: RunRequest, body: bytes, key: str | None) -> Accepted:
-        """Count it and take it on; what is refused afterwards, or was there before, is not counted."""
+        """Count its steps and take it on; what is refused afterwards, or was there before, is not counted."""
         service, caller = self._service, request.state.caller
         trace = request.state.trace.header()
-        service.usage.request(caller)
-        with service.usage.turn(caller):
-            counted = key is None or not self._known(caller, key)
-            if counted:  # what is asked for again is answered, whatever was used since
-                held = service.board.open_jobs(caller.name) if service.usage.most_jobs(caller) is not None else 0
-                service.usage.take(caller, wanted.split, open_jobs=held)
-            try:
-                job = service.board.accept(wanted, body, owner=caller.name, key=key, trace=trace)
-            except (ProblemError, RefusedError):
-                if counted:
-                    service.usage.refund(caller, wanted.split)
-                raise
-            if counted and job.replayed:
+        counted = key is None or not self._known(caller, key)
+        if counted:  # what is asked for again is answered, whatever was used since
+            held = service.board.open_jobs(caller.name) if service.usage.most_jobs(caller) is not None else 0
+            service.usage.take(caller, wanted.split, open_jobs=held)
+        try:
+            job = service.board.accept(wanted, body, owner=caller.name, key=key, trace=trace)
+        except (ProblemError, RefusedError):
+            if counted:
                 service.usage.refund(caller, wanted.split)
+            raise
+        if counted and job.replayed:
+            service.usage.refund(caller, wanted.split)
         return job
 
     def _known(self, caller: Caller, key: str) -> bool:
@@ -135,7 +140,7 @@ class HandoffRoutes:
         """The job's status, when it has ended or the client's wait has. Raises ClientDisconnect if it goes away."""
         board, owner = self._service.board, request.state.caller.name
         if not asked.wait_s:
-            return await asyncio.to_thread(board.status, job, owner)
+            return await self._service.look(board.status, job, owner)
         ended = asyncio.ensure_future(board.wait(job, owner, seen=None, timeout_s=asked.wait_s))
         gone = asyncio.ensure_future(_disconnected(request))
         dismissed = asyncio.ensure_future(self._service.dismissal())
@@ -151,7 +156,7 @@ class HandoffRoutes:
                 each.cancel()
         if not self._service.keeps_jobs:
             raise not_ready("draining", "The service ends and does not keep jobs; ask again elsewhere or later.")
-        return await asyncio.to_thread(board.status, job, owner)
+        return await self._service.look(board.status, job, owner)
 
     async def _as_blob(self, request: Request, job: str, status: JobStatus, headers: dict[str, str]) -> Response:
         """The blob of a job that is done; 202 for one that is not; the problem of one that failed; 410."""
@@ -161,7 +166,7 @@ class HandoffRoutes:
             request.state.kind = str(status.problem.get("type", "")).rpartition(":")[2]
             return document_response(status.problem, headers)
         _raise_gone(status, headers)
-        digest, blob = await asyncio.to_thread(self._service.board.blob, job, request.state.caller.name)
+        digest, blob = await self._service.look(self._service.board.blob, job, request.state.caller.name)
         if status.cloud_ms is not None:
             headers = {**headers, "Latentrelay-Cloud-Ms": f"{status.cloud_ms:.1f}"}
         response = (

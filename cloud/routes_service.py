@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from latentrelay.cloud.http import problem_response
 from latentrelay.cloud.openapi import document
 from latentrelay.cloud.service import Service
@@ -28,7 +26,7 @@ class ServiceRoutes:
     async def readiness(self, request: Request) -> Response:
         """Whether a job would be taken on now: the model is loaded, the store can be written, the service stays."""
         request.state.quiet = True
-        problem = await asyncio.to_thread(self._service.not_ready)
+        problem = await self._service.look(self._service.not_ready)
         if problem is None:
             return JSONResponse({"status": "ready"}, headers=_FRESH)
         request.state.kind = problem.kind
@@ -36,7 +34,7 @@ class ServiceRoutes:
 
     async def capabilities(self, request: Request) -> Response:
         """What is served, its limits, and the load now."""
-        return JSONResponse(await asyncio.to_thread(self._service.capabilities), headers=_FRESH)
+        return JSONResponse(await self._service.look(self._service.capabilities), headers=_FRESH)
 
     async def openapi(self, request: Request) -> Response:
         """The OpenAPI document of this very table of routes."""
@@ -46,4 +44,4 @@ class ServiceRoutes:
         """The metrics."""
         request.state.quiet = True
         headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8", **_FRESH}
-        return Response(await asyncio.to_thread(self._service.metrics_text), headers=headers)
+        return Response(await self._service.look(self._service.metrics_text), headers=headers)

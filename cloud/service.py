@@ -14,8 +14,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from latentrelay.cloud.batcher import Batcher
 from latentrelay.cloud.engine import Engine
@@ -30,6 +32,9 @@ from latentrelay.cloud.store import Store
 from latentrelay.cloud.tokens import Tokens
 from latentrelay.runtime.errors import LatentRelayError
 
+P = ParamSpec("P")
+T = TypeVar("T")
+_LOOKING, _ACCEPTING = 8, 4  # threads
 _log = logging.getLogger("latentrelay.cloud")
 FEATURES = (
     "accept_splits",
@@ -56,6 +61,9 @@ class Service:
             cache=options.cache,
             observer=self.metrics,
         )
+        # Two, so that whoever has many jobs taken on keeps nobody from looking at theirs, or at the service.
+        self._looking = ThreadPoolExecutor(_LOOKING, "latentrelay-look")
+        self._accepting = ThreadPoolExecutor(_ACCEPTING, "latentrelay-accept")
         self._given, self._folder = store, None if store is not None else ""
         self._removed: Callable[[], object] | None = None  # also called where the process is left without an end
         self._store: Store | None = None
@@ -74,6 +82,16 @@ class Service:
         """End the board and the batcher; unfinished jobs stay in a store that outlives the process."""
         self.drain()
         await asyncio.to_thread(self._close)
+        for executor in (self._looking, self._accepting):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    async def look(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """`function` of the store or the board on a thread: everything but taking on a job."""
+        return await asyncio.get_running_loop().run_in_executor(self._looking, partial(function, *arguments, **named))
+
+    async def accept(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """The same for taking on a job, which may wait for the disk and for other replicas."""
+        return await asyncio.get_running_loop().run_in_executor(self._accepting, partial(function, *arguments, **named))
 
     def _start(self) -> None:
         """Open the store, start to run, take over what a dead process left."""

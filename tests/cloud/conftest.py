@@ -18,9 +18,11 @@ from latentrelay.cloud.serve import CloudServer
 
 
 @contextmanager
-def running(engine: Engine, *, token: str | None = None, **options: Any) -> Iterator[CloudServer]:
-    """A server in a thread, stopped and joined at the end."""
-    server = CloudServer(create_app(engine, token=token), **options)
+def running(
+    engine: Engine, *, token: str | None = None, app: dict[str, Any] | None = None, **options: Any
+) -> Iterator[CloudServer]:
+    """A server in a thread, stopped and joined at the end. app: more arguments of `create_app`."""
+    server = CloudServer(create_app(engine, token=token, **(app or {})), **options)
     ready = threading.Event()
     thread = threading.Thread(target=server.run, args=(lambda url, port: ready.set(),))
     thread.start()
