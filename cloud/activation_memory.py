@@ -3,7 +3,8 @@
 The U-Net is run on fake tensors (torch's FakeTensorMode, which picks the kernels of the real device) while a dispatch
 mode counts the bytes of every storage that an operation makes until it is freed; the most held at once is the answer.
 Kernels' own scratch memory is not seen, so a share is added. Every activation has the batch in its shape, so one
-request stands for any number; sizes are rounded up to 8 latents, so that few are looked into, whatever clients send.
+request stands for any number. A run on fake tensors takes seconds, so it is made for a few sizes once, never for what
+a client sends: between them bytes per latent are drawn as a line over the number of latents.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _log = logging.getLogger("latentrelay.cloud")
 SCRATCH_SHARE = 0.25  # for kernels' scratch memory and the allocator's rounding
+MARGIN = 0.05  # for sizes between those that were looked into
 _GRID = 8
 _CGROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
@@ -29,12 +32,26 @@ _CGROUPS = (
 
 
 class ActivationMemory:
-    """The predicted bytes of calls of one network, by latent size; each size is looked into once. Thread-safe."""
+    """The predicted bytes of calls of one network, by latent size. Thread-safe.
 
-    def __init__(self, unet: Any, text_length: int, branches: int) -> None:
+    A call's need is the greatest of what its moments hold, each a constant and terms in the number of latents n and,
+    where attention is not fused, n**2. Divided by n all of these are convex, so a line between two known sizes, which
+    is n and n**2 with the weights that fit both, is a bound from above.
+    """
+
+    def __init__(
+        self, unet: Any, text_length: int, branches: int, sizes: Sequence[tuple[int, int]] = ((64, 64), (128, 128))
+    ) -> None:
+        """sizes: (rows, columns) of latents to look into besides the smallest, the largest that is asked for among
+        them; rounded up to multiples of 8, as every size is."""
         self._unet, self._text_length, self._branches = unet, text_length, branches
-        self._each: dict[tuple[int, int], int] = {}
+        self._sizes = sorted({(_GRID, _GRID), *(_rounded(*each) for each in sizes)}, key=_latents)
+        self._known: list[tuple[int, float]] | None = None  # latents, bytes for each of them; empty: no forecast
         self._lock = threading.Lock()
+
+    def measure(self) -> None:
+        """Look into the sizes, some seconds each, unless that is done. Every other method waits for it once."""
+        self._points()
 
     def bytes(self, requests: int, rows: int, columns: int) -> int:
         """Peak bytes of a call for so many requests with latents (C, rows, columns)."""
@@ -45,22 +62,28 @@ class ActivationMemory:
         return max(0, int(budget_bytes / self._one(rows, columns)))
 
     def _one(self, rows: int, columns: int) -> int:
-        size = (-(-rows // _GRID) * _GRID, -(-columns // _GRID) * _GRID)
-        known = self._each.get(size)
-        if known is not None:  # without the lock: who asks for a known size does not wait for an unknown one
+        known, latents = self._points(), _latents(_rounded(rows, columns))
+        return max(1, int((1 + SCRATCH_SHARE) * latents * _per_latent(known, latents))) if known else 1
+
+    def _points(self) -> list[tuple[int, float]]:
+        known = self._known
+        if known is not None:  # without the lock
             return known
         with self._lock:
-            if size not in self._each:
-                self._each[size] = max(1, int((1 + SCRATCH_SHARE) * self._peak_or_nothing(*size)))
-            return self._each[size]
+            if self._known is None:
+                self._known = self._looked()
+            return self._known
 
-    def _peak_or_nothing(self, rows: int, columns: int) -> int:
+    def _looked(self) -> list[tuple[int, float]]:
         """A network that cannot be run on fake tensors has no forecast: memory that runs out is met as it comes."""
-        try:
-            return self._peak(rows, columns)
-        except Exception as error:
-            _log.warning("no memory forecast for latents of %dx%d: %s", rows, columns, type(error).__name__)
-            return 0
+        known = {}
+        for size in self._sizes:
+            try:
+                known[_latents(size)] = self._peak(*size) / _latents(size)
+            except Exception as error:
+                _log.warning("no memory forecast for latents of %dx%d: %s", *size, type(error).__name__)
+                return []
+        return sorted(known.items())
 
     def _peak(self, rows: int, columns: int) -> int:
         count, unet = self._branches, self._unet
@@ -108,6 +131,26 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _free(self, identity: int, size: int) -> None:
         self._seen.discard(identity)
         self.now -= size
+
+
+def _rounded(rows: int, columns: int) -> tuple[int, int]:
+    return -(-rows // _GRID) * _GRID, -(-columns // _GRID) * _GRID
+
+
+def _latents(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
+
+
+def _per_latent(known: Sequence[tuple[int, float]], latents: int) -> float:
+    """Bytes: as looked into, or on the line between the neighbours, beyond the largest on the last line."""
+    for at, value in known:
+        if at == latents:
+            return value
+    if len(known) == 1:
+        return known[0][1] * max(1.0, latents / known[0][0])
+    right = next((index for index, (at, _) in enumerate(known) if at > latents), len(known) - 1)
+    (low, first), (high, last) = known[max(0, right - 1)], known[max(1, right)]
+    return (1 + MARGIN) * max(first + (last - first) * (latents - low) / (high - low), min(first, last))
 
 
 def free_bytes(device: torch.device) -> float:

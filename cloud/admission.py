@@ -17,6 +17,7 @@ from latentrelay.cloud.places import ALONE, Job, Places
 
 MAX_BATCH = {"cpu": 16, "cuda": 32}
 _LOWERED_S = 300.0
+_LARGEST = 2048  # latents of a side, as many as a handoff may have
 _MEMORY_SHARE = 0.8  # of what is free, where the operator does not say how much memory there is
 
 
@@ -27,7 +28,11 @@ class Admission:
         self.max_batch = max_batch or MAX_BATCH.get(engine.device.type, MAX_BATCH["cuda"])
         self.times = StepTimes()
         branches = next(iter(engine.schedules.rules.values())).branches
-        self.memory = ActivationMemory(engine.unet, engine.text_length, branches)
+        usual = tuple(side // engine.downscale for side in engine.default_size)
+        largest = min(_LARGEST, max(1, engine.limits.max_side // engine.downscale))
+        self.memory = ActivationMemory(
+            engine.unet, engine.text_length, branches, sizes=((usual[0], usual[1]), (largest, largest))
+        )
         self._engine, self._places = engine, places
         self._fixed_bytes = None if memory_mib is None else memory_mib * 2**20
         self._free_bytes, self._looked = free_bytes(engine.device), time.monotonic()
@@ -45,7 +50,10 @@ class Admission:
         self._lowered[size] = (fitted, time.monotonic() + _LOWERED_S)
 
     def capacity(self, job: Job) -> int:
-        """How many runs like this one go into one call; 0 if none fits the memory."""
+        """How many runs like this one go into one call; 0 if none fits the memory. The first call that needs the
+        memory's forecast waits for it, some seconds."""
+        if not job.request.split:
+            return self.max_batch  # no call is made for it
         fits = self.memory.most(self.activation_bytes, *job.size)
         lowered, until = self._lowered.get(job.size, (self.max_batch, 0.0))
         most = min(self.max_batch, fits, lowered if time.monotonic() < until else fits)
@@ -96,6 +104,8 @@ class Admission:
     def estimate_s(self, job: Job, steps: int, deadline: float | None = None) -> float | None:
         """Seconds until a run that has no place yet has made `steps` calls, by its deadline's rank among those that
         wait; None before anything was measured."""
+        if self.times.median_s is None:
+            return None
         places = self.places(job)
         running = [each.calls_left() for each in self._places.in_group(job.group)]
         queue = [each for each in self._places.queue() if each.group == job.group and each is not job]

@@ -93,13 +93,13 @@ class Batcher:
             each.start()
 
     def warm_up(self) -> None:
-        """Make a step of the default size and look into its memory now, so that the first request need not wait."""
+        """Forecast the memory and make a step of the default size now, so that the first request need not wait."""
         height, width = self.engine.default_size
         branches = next(iter(self.engine.schedules.rules.values())).branches
         request = RunRequest(
             prompt="", seed=0, guidance=7.5 if branches == 2 else 1.0, height=height, width=width, num_steps=2, split=1
         )
-        self.admission.capacity(Job(request, self.engine.latent_shape(request)[2:], 0, None))
+        self.admission.memory.measure()
         self.engine.run(request)
 
     def drain(self) -> None:
@@ -140,7 +140,7 @@ class Batcher:
         key = None if self._results is None else content_key([self.engine.digest, request.content()])
         job = Job(request, self.engine.latent_shape(request)[2:], 0, key)
         try:
-            self.admission.capacity(job)  # a new size is looked into before the lock is taken
+            self.admission.capacity(job)  # without warm_up the first waits for the forecast: not under the lock
             found = self._take(job, ticket, left_s)
         except LatentRelayError:
             self._observer.left("refused")
@@ -154,7 +154,6 @@ class Batcher:
         height, width = self.engine.default_size
         usual = RunRequest(prompt="", seed=0, height=height, width=width, num_steps=DEFAULT_STEPS, split=1)
         job = Job(usual, self.engine.latent_shape(usual)[2:], 0, None)
-        self.admission.capacity(job)  # a new size is looked into before the lock is taken
         with self._lock:
             waiting, running = len(self._places.waiting), self._places.running
             median, occupancy = self.admission.times.median_s, self.admission.times.occupancy

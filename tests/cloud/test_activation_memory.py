@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from latentrelay.cloud.activation_memory import SCRATCH_SHARE, ActivationMemory, _LiveBytes, container_left, free_bytes
 from latentrelay.cloud.engine import Engine
 from latentrelay.cloud.latent_preview import fit_factors
@@ -25,24 +26,41 @@ def real_peak(unet: Any, requests: int, rows: int, columns: int) -> int:
     return int(live.peak)
 
 
-@pytest.mark.parametrize(("rows", "columns", "requests"), [(8, 8, 1), (8, 8, 5), (16, 24, 2), (64, 64, 1)])
-def test_the_forecast_is_what_a_real_call_holds(
-    tiny: Any, tmp_path: Path, rows: int, columns: int, requests: int
-) -> None:
+SIZES = ((24, 24), (64, 64))
+
+
+@pytest.mark.parametrize(("rows", "columns", "requests"), [(8, 8, 1), (8, 8, 5), (24, 24, 2), (64, 64, 1)])
+def test_the_forecast_is_what_a_real_call_holds(tiny: Any, rows: int, columns: int, requests: int) -> None:
     unet = tiny.make_unet()
-    memory = ActivationMemory(unet, 16, 2)
+    memory = ActivationMemory(unet, 16, 2, SIZES)
     held = real_peak(unet, requests, rows, columns)
     assert memory.bytes(requests, rows, columns) == pytest.approx((1 + SCRATCH_SHARE) * held, rel=0.02)
     assert memory.most(memory.bytes(requests, rows, columns), rows, columns) == requests
     assert memory.most(memory.bytes(1, rows, columns) - 1, rows, columns) == 0
 
 
-def test_odd_sizes_count_as_the_next_larger_and_are_looked_into_once(tiny: Any) -> None:
-    memory = ActivationMemory(tiny.make_unet(), 16, 2)
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("rows", "columns"), [(8, 16), (16, 24), (5, 61), (32, 32), (40, 48), (16, 128), (56, 64)])
+def test_between_the_known_sizes_the_forecast_bounds_a_real_call(
+    tiny: Any, rows: int, columns: int, fused: bool
+) -> None:
+    unet = tiny.make_unet()
+    if not fused:  # attention that holds its scores: grows with the square of the latents
+        unet.set_attn_processor(AttnProcessor())
+    held = (1 + SCRATCH_SHARE) * real_peak(unet, 1, -(-rows // 8) * 8, -(-columns // 8) * 8)
+    assert held <= ActivationMemory(unet, 16, 2, SIZES).bytes(1, rows, columns) <= 1.5 * held
+
+
+def test_a_few_sizes_are_looked_into_once_whatever_is_asked(tiny: Any) -> None:
+    unet = tiny.make_unet()
+    seen: list[tuple[int, ...]] = []
+    unet.register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape[2:])))
+    memory = ActivationMemory(unet, 16, 2, ((16, 16), (60, 64)))
+    memory.measure()
     assert memory.bytes(1, 9, 15) == memory.bytes(1, 16, 16) > memory.bytes(1, 8, 8)
-    for rows in range(1, 17):
-        memory.bytes(1, rows, 3)
-    assert set(memory._each) == {(8, 8), (16, 8), (16, 16)}
+    for rows in range(1, 129):
+        memory.bytes(1, rows, 3 * rows)
+    assert seen == [(8, 8), (16, 16), (64, 64)]
 
 
 def test_nothing_is_computed_or_kept(tiny: Any) -> None:
@@ -57,7 +75,9 @@ def test_nothing_is_computed_or_kept(tiny: Any) -> None:
 def test_a_network_without_a_forecast_is_let_in(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
     unet = tiny.make_unet()
     unet.register_forward_pre_hook(lambda module, given: bool(given[0].sum() > 0))  # wants values
-    assert ActivationMemory(unet, 16, 2).most(1.0, 8, 8) >= 1
+    memory = ActivationMemory(unet, 16, 2)
+    assert memory.most(1.0, 8, 8) >= 1
+    assert memory.most(1.0, 72, 80) >= 1
     assert "no memory forecast" in caplog.text
 
 

@@ -140,6 +140,29 @@ def test_memory_limits_the_batch_and_refuses_what_never_fits(gated: Any, batchin
     assert max(gate.rows) == 6
 
 
+def test_no_request_looks_into_its_own_size(tiny: Any, tmp_path: Any, batching: Any, wanted: Any) -> None:
+    """A look takes seconds: those that `warm_up` made are enough for every size; without steps none is needed."""
+    pipeline, looks = tiny.make_pipeline(tmp_path), []
+
+    def looked(module: Any, given: tuple[Any, ...]) -> None:
+        if type(given[0]).__name__ == "FakeTensor":
+            looks.append(tuple(given[0].shape[2:]))
+
+    pipeline.unet.register_forward_pre_hook(looked)
+    engine = Engine(pipeline, name="looked into")
+    batcher = batching(engine, cache=False)
+    ended = [batcher.submit(wanted(split=0, height=16 * each, width=16)).future for each in range(1, 9)]
+    assert [each.result(60).meta.next_step for each in ended] == [0] * 8
+    batcher.load()
+    assert looks == []
+    batcher.warm_up()
+    held, few = len(looks), set(looks)
+    assert held == len(few) <= 3
+    tickets = [batcher.submit(wanted(split=1, height=16 * each, width=16 * (9 - each))) for each in range(1, 9)]
+    assert all(each.future.result(60).meta.next_step == 1 for each in tickets)
+    assert len(looks) == held
+
+
 def test_draining_takes_nothing_new_and_ends_what_is_held(gated: Any, batching: Any, wanted: Any) -> None:
     engine, gate = gated
     batcher = batching(engine)
