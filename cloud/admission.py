@@ -14,9 +14,11 @@ from latentrelay.cloud.engine import BUCKETS, Engine
 from latentrelay.cloud.errors import DeadlineRefusedError, MemoryRefusedError, QueueFullError
 from latentrelay.cloud.forecast import Size, StepTimes, steps_until_done
 from latentrelay.cloud.places import ALONE, Job, Places
+from latentrelay.cloud.ticket import Ticket
 
 MAX_BATCH = {"cpu": 16, "cuda": 32}
 _LOWERED_S = 300.0
+_ON_THE_WAY_S = 1.0  # of the service's limit may have passed when a request comes to be judged
 _LARGEST = 2048  # latents of a side, as many as a handoff may have
 _MEMORY_SHARE = 0.8  # of what is free, where the operator does not say how much memory there is
 
@@ -70,22 +72,27 @@ class Admission:
         """The memory for one call's activations."""
         return _MEMORY_SHARE * self._free_bytes if self._fixed_bytes is None else self._fixed_bytes
 
-    def check(self, job: Job, deadline: float, left_s: float, *, shared: bool) -> None:
+    def check(self, job: Job, ticket: Ticket, left_s: float, *, shared: bool) -> None:
         """Raise a RefusedError where there is no room, no memory or no time for a run, or, `shared`, no time for
-        another ticket of a run that is held already."""
+        another ticket of a run that is held already. What is only guessed from other sizes' times refuses no request
+        that named no deadline."""
         if not shared:
             self._check_room(job)
-        steps = job.calls_left(job.request.splits()[0])
+        steps = job.calls_left(ticket.request.splits()[0])
         if shared and job.state is not None:
             seconds = self.remaining_s(job, steps)
         else:
-            seconds = self.estimate_s(job, steps, deadline)
+            seconds = self.estimate_s(job, steps, ticket.deadline)
+        if ticket.request.deadline_ms is None and not self.times.known(job.size):
+            seconds = None
         if left_s <= 0 or (seconds is not None and seconds > left_s):
+            limit_s = self._engine.limits.deadline_s
+            own = ticket.request.deadline_ms is not None or left_s < limit_s - _ON_THE_WAY_S
             raise DeadlineRefusedError(
                 "the deadline cannot be met",
-                got=f"{max(0.0, 1000 * left_s):.0f} ms",
+                got=f"{max(0.0, 1000 * left_s):.0f} ms" if own else f"the service's limit of {limit_s:.0f} s",
                 expected=None if seconds is None else f"about {1000 * seconds:.0f} ms",
-                retry_after_s=self.free_place_s(),
+                retry_after_s=self.free_place_s() if seconds is None else seconds - left_s,
             )
 
     def _check_room(self, job: Job) -> None:

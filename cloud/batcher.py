@@ -170,7 +170,7 @@ class Batcher:
             kept = self._results.get(job.key) if self._results is not None and job.key is not None else None
             if kept is None:
                 shared = self._shared.get(job.key) if job.key is not None else None
-                self.admission.check(shared or job, ticket.deadline, left_s, shared=shared is not None)
+                self.admission.check(shared or job, ticket, left_s, shared=shared is not None)
                 ticket.job = shared or job
                 ticket.job.tickets.append(ticket)
                 if shared is None:
@@ -336,7 +336,8 @@ class Batcher:
         ended: Ended = []
         following = next(each for each in job.request.splits() if each > state.step)
         with self._lock:
-            seconds = self.admission.remaining_s(job, job.calls_left(following))
+            known = self.admission.times.known(job.size)  # it is, from the second step on
+            seconds = self.admission.remaining_s(job, job.calls_left(following)) if known else None
             for ticket in list(job.tickets):
                 if seconds is not None and time.monotonic() + seconds > ticket.deadline:
                     self._end(ticket, self._made(job, job.reached), "early", ended)

@@ -31,6 +31,11 @@ class StepTimes:
         row.append(seconds)
         self._recent.append((seconds, requests / capacity))
 
+    def known(self, size: Size) -> bool:
+        """Whether calls of this very size were measured. Another size's figures, scaled, are no more than a guess: a
+        small size's calls are mostly overhead, which does not grow."""
+        return size in self._times
+
     def seconds(self, size: Size, requests: int) -> float | None:
         """Expected seconds of a call for so many requests of this size."""
         if size in self._times:

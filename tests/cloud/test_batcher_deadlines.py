@@ -43,13 +43,37 @@ def test_what_leaves_no_time_is_refused_with_when_to_ask_again(engine: Engine, b
     slow(batcher, 10.0)
     with pytest.raises(DeadlineRefusedError, match="cannot be met: got 20000 ms, expected about 30000 ms") as caught:
         batcher.submit(wanted(seed=2), deadline_s=20)
-    assert (caught.value.kind, caught.value.retry_after_s >= 1) == ("deadline-unreachable", True)
+    assert (caught.value.kind, caught.value.retry_after_s) == ("deadline-unreachable", 10)  # by then it fits
     batcher.submit(wanted(seed=2), deadline_s=31)
     batcher.submit(wanted(seed=3, accept_splits=(1,)), deadline_s=11)  # its smallest split counts
     with pytest.raises(DeadlineRefusedError, match="20000 ms"):
         batcher.submit(wanted(seed=4, deadline_ms=20_000))
     with pytest.raises(DeadlineRefusedError):
         batcher.submit(wanted(seed=5), deadline_s=0)
+
+
+def test_another_sizes_times_refuse_only_who_names_a_deadline(engine: Engine, batching: Any, wanted: Any) -> None:
+    batcher = batching(engine, started=False)
+    slow(batcher, 10.0)  # of 16x16 pixels; 16 times as many would take 160 s a step, if it were in proportion
+    large: dict[str, Any] = {"height": 64, "width": 64, "num_steps": 200, "split": 190}
+    batcher.submit(wanted(seed=1, **large))
+    with pytest.raises(DeadlineRefusedError, match="got 500000 ms, expected about 30400000 ms"):
+        batcher.submit(wanted(seed=2, deadline_ms=500_000, **large))
+    with pytest.raises(DeadlineRefusedError):  # the run is held already, this wish to share it comes too late
+        batcher.submit(wanted(seed=1, deadline_ms=500_000, **large))
+    for requests in (1, 2, 16):
+        batcher.admission.times.record((32, 32), requests, 4.0, 16)
+    with pytest.raises(DeadlineRefusedError, match="the service's limit of 600 s, expected about 760000 ms") as caught:
+        batcher.submit(wanted(seed=3, **large))
+    assert 160 <= caught.value.retry_after_s <= 161
+
+
+def test_another_sizes_times_hand_nothing_over_early(gated: Any, batching: Any, wanted: Any) -> None:
+    batcher = batching(gated[0], started=False, cache=False)
+    batcher.admission.times.record((4, 4), 1, 1e5, 16)
+    ticket = batcher.submit(wanted(split=3, accept_splits=(1, 2)))
+    batcher.start()
+    assert ticket.future.result(60).meta.next_step == 3
 
 
 def test_what_is_queued_counts(engine: Engine, batching: Any, wanted: Any) -> None:

@@ -111,6 +111,7 @@ def test_times_between_and_beyond_what_was_measured() -> None:
     assert times.seconds((8, 8), 4) == 2.0
     assert times.seconds((8, 8), 12) == 6.0
     assert times.seconds((8, 8), 1) == 1.0
+    assert (times.known((8, 8)), times.known((16, 16))) == (True, False)
     assert times.seconds((16, 16), 2) == 4.0  # never run: by the number of latents
     assert times.median_s == 2.0
     assert times.occupancy == pytest.approx((3 * 2 + 6) / 4 / 8)
