@@ -143,7 +143,7 @@ class CloudUnavailableError(CloudError):
 
 
 class CloudRefusedError(CloudError):
-    """The cloud answered 4xx: the request is wrong for it; `.status` and `.problem` (problem+json) say why."""
+    """The cloud answered 4xx: the request, or with 401 the token, is wrong for it; `.status` and `.problem` say why."""
 
     exit_status = REFUSED
 
@@ -154,7 +154,9 @@ class CloudRefusedError(CloudError):
             f"the cloud refused the request ({status}{f', {field}' if field else ''}): {detail.rstrip('.')}",
             got=problem.get("got"),
             expected=problem.get("expected"),
-            do="Change the request, or run without the cloud.",
+            do="Check the token (--token, LATENTRELAY_TOKEN)."
+            if status == 401
+            else "Change the request, or run without the cloud.",
         )
         self.status, self.problem = status, dict(problem)
 

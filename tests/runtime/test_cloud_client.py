@@ -111,6 +111,8 @@ def test_a_refusal_without_a_problem_document(serve: Callable[..., Any], status:
     with CloudClient(server.url) as client, pytest.raises(CloudRefusedError, match="no\ufffd") as caught:
         client.handoff(REQUEST)
     assert caught.value.status == status
+    assert ("Check the token (--token" in str(caught.value)) == (status == 401)
+    assert ("Change the request" in str(caught.value)) == (status != 401)
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503])
