@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -189,3 +190,12 @@ def test_the_recorded_runs_are_what_the_bundle_does() -> None:
         *_, last = session.run_steps(handoff.latents, handoff.x0_prev, 1, embeds, 2.0, 7)
     expected = np.frombuffer((LOOP / LOOPS["runs"][1]["latents"]).read_bytes(), "<f4")
     np.testing.assert_allclose(last.latents.ravel(), expected, atol=2e-3)  # float16 ladders
+
+
+def test_the_files_that_the_embedding_document_names_are_there() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "embedding.md").read_text()
+    named = re.findall(r"`((?:[a-z]+/)?[a-z0-9_-]+\.(?:f32|json))`", text)
+    among = [name for name in named if "/" in name or name.endswith(".f32")]
+    assert {"loop/noise-1.f32", "wire/transcript.json"} <= set(among)
+    assert [name for name in among if not (root / "tests/golden/transcript-1" / name).is_file()] == []
