@@ -22,6 +22,7 @@ from latentrelay.cloud.tokens import Caller
 _DAY_S = 86400
 _KIND = "quota"
 _TRIES = 20
+_NAME_DIGITS = 24  # of a key's 32; the last 8 are the day
 _WAITING = 8
 
 
@@ -149,15 +150,23 @@ def _add_stored(store: Store, name: str, day: int, steps: int, most: int | None)
             return False
         value = str(max(0, used + steps)).encode()
         if held is None and store.create(_KIND, key, value):
-            store.delete(_KIND, _key(name, day - 2))
+            _forget_before(store, day - 1)
             return True
         if held is not None and store.replace(_KIND, key, value, expected=held):
             return True
     raise ProblemError(503, "store-busy", "The quota's counter is contended; ask again.", headers={"Retry-After": "1"})
 
 
+def _forget_before(store: Store, day: int) -> None:
+    """Delete the counts of every name from before `day`: those of names that are used no more too."""
+    for key in store.keys(_KIND):
+        if int(key[_NAME_DIGITS:], 16) < day:
+            store.delete(_KIND, key)
+
+
 def _key(name: str, day: int) -> str:
-    return hashlib.sha256(f"{name} {day}".encode()).hexdigest()[:32]
+    """A hash of the name, then the day."""
+    return hashlib.sha256(name.encode()).hexdigest()[:_NAME_DIGITS] + f"{day:08x}"
 
 
 def _refused(kind: str, detail: str, most: int, wait_s: float) -> ProblemError:

@@ -91,7 +91,18 @@ def test_steps_of_a_day(stored: bool, tmp_path: Path) -> None:
     wall.now += 2 * DAY
     usage.admit(who, 1)
     if stored:
-        assert len(shelf.keys("quota")) == 2  # today's and the last one; older ones are deleted
+        assert len(shelf.keys("quota")) == 1  # older ones than yesterday's are deleted
+
+
+@pytest.mark.parametrize("every_days", [1, 2, 3, 7])
+def test_counts_do_not_pile_up_however_seldom_a_token_is_used(every_days: int, tmp_path: Path) -> None:
+    shelf, wall = FolderStore(tmp_path), Clock(20_000 * DAY + 1.0)
+    usage = Usage(shelf, wall=wall)
+    usage.admit(Caller("tablet", CallerLimits(steps_per_day=100)), 1)
+    for _ in range(5):
+        usage.admit(caller(steps_per_day=100), 1)
+        wall.now += every_days * DAY
+    assert len(shelf.keys("quota")) == (2 if every_days == 1 else 1), "also not of a token that is used no more"
 
 
 def test_a_refused_admission_takes_no_steps() -> None:
