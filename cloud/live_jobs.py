@@ -23,7 +23,7 @@ from latentrelay.cloud import logs
 from latentrelay.cloud.doorbell import Doorbell
 from latentrelay.cloud.errors import RefusedError, RunCancelled
 from latentrelay.cloud.job_ledger import CachedResult, Entry, JobLedger
-from latentrelay.cloud.job_problems import interrupted, problem_of
+from latentrelay.cloud.job_problems import deadline_passed, interrupted, problem_of
 from latentrelay.cloud.job_record import JobRecord, JobStatus, Moment, Preview
 from latentrelay.cloud.job_runs import JobObserver, JobOptions, Report, Runs, RunTicket
 from latentrelay.cloud.requests import RunRequest
@@ -32,6 +32,7 @@ from latentrelay.runtime.handoff import Handoff
 
 _log = logging.getLogger("latentrelay.cloud")
 _WRITERS = 4  # waits for the disk that overlap are one wait for its journal
+_LATE_S = 30.0  # how long after its deadline the end of a run that is over is waited for
 _UNWRITABLE = (StoreFullError, StoreUnavailableError)
 
 
@@ -48,6 +49,7 @@ class LiveJob:
     blob: bytes | None = None
     noted_s: float = float("-inf")
     given_up: int = 0
+    late_s: float | None = None
     settled: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -122,7 +124,9 @@ class LiveJobs:
     def submit(self, live: LiveJob) -> None:
         """Have a recorded job run. Raises what `Runs.submit` raises; the job is then still reserved."""
         record = live.entry.record
-        ticket = self._runs.submit(live.request, deadline_s=record.left_s(), on_step=partial(self._stepped, live))
+        ticket = self._runs.submit(
+            live.request, deadline_s=record.left_s(), on_step=partial(self._stepped, live), owner=record.owner
+        )
         live.ticket = ticket
         live.settled.set()
         ticket.future.add_done_callback(lambda future: self._work.put(partial(self._finish, live, future)))
@@ -144,6 +148,7 @@ class LiveJobs:
                 live.ended, live.blob = live.ended.past("deleted"), None
         if live.ticket is not None:
             live.ticket.cancel()
+        self._runs.forget(live.record.owner)
         self.write(live)
         return True
 
@@ -200,6 +205,19 @@ class LiveJobs:
                     live.given_up -= 1
                 except Exception as error:
                     self.fail(live, problem_of(error))
+
+    def fail_lost(self) -> None:
+        """End what nobody will: jobs past their deadline whose run is over and whose end has not been noted since."""
+        now = time.monotonic()
+        for live in self.all():
+            ticket = live.ticket
+            over = ticket is not None and ticket.future.done() and live.entry.record.left_s() == 0.0
+            if not over or live.ended is not None or self._leaving:
+                continue
+            live.late_s = now if live.late_s is None else live.late_s
+            if now - live.late_s >= _LATE_S:
+                logs.event(_log, "a run's end was lost", level=logging.ERROR, job=live.entry.record.id)
+                self.fail(live, deadline_passed().document())
 
     def note_waiting(self) -> None:
         """Tell the other replicas of jobs that were taken on and have not begun."""
@@ -274,9 +292,12 @@ class LiveJobs:
             return
         error = future.exception() if not future.cancelled() else CancelledError()
         if error is None:
-            handoff = future.result()
-            blob = handoff.to_bytes()
-            self._done(live, handoff, blob)
+            try:
+                handoff = future.result()
+                self._done(live, handoff, handoff.to_bytes())
+            except Exception as failure:  # no memory for the bytes: nothing would look at the job again
+                logs.event(_log, "a result was lost", level=logging.ERROR, job=id, error=type(failure).__name__)
+                self.fail(live, problem_of(failure))
         elif not isinstance(error, (RunCancelled, CancelledError)):
             logs.event(_log, "a run failed", level=logging.ERROR, job=id, error=type(error).__name__)
             self.fail(live, problem_of(error))

@@ -95,6 +95,7 @@ class Recovery:
             self._retry_at = now + _RETRY_S
             self._live.write_pending()
             self._live.resubmit()
+            self._live.fail_lost()
         owners = self._ledger.store.owners()
         dead = [each for each in owners if not self._ledger.store.alive(each)]
         self._live.accompanied = len(owners) - len(dead) > 1

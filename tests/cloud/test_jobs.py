@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,7 @@ def test_deleting_a_result_takes_it_from_the_cache_too(desk: Desk) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "deadline_ms", "status", "kind"),
-    [("break", None, 500, "run-failed"), ("slow", 1, 504, "deadline-passed")],
+    [("break", None, 500, "run-failed"), ("too large", None, 500, "run-failed"), ("slow", 1, 504, "deadline-passed")],
 )
 def test_a_failed_run_fails_its_job(desk: Desk, prompt: str, deadline_ms: int | None, status: int, kind: str) -> None:
     desk.runs.gate.clear()
@@ -294,6 +295,23 @@ def test_a_failed_run_fails_its_job(desk: Desk, prompt: str, deadline_ms: int | 
     with pytest.raises(ProblemError) as caught:
         desk.board.blob(job.id, ALICE)
     assert (caught.value.status, caught.value.kind) == (status, kind)
+
+
+class Deaf(Future[Any]):
+    """A future that forgets whom to tell."""
+
+    def add_done_callback(self, fn: Any) -> None:
+        pass
+
+
+def test_a_run_whose_end_is_lost_fails_after_its_deadline(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentrelay.cloud.live_jobs._LATE_S", 0.1)
+    monkeypatch.setattr(desk.module, "Future", Deaf)
+    lasting, lost = desk.accept("lasting", deadline_ms=600_000), desk.accept("lost", deadline_ms=300)
+    desk.until(lambda: desk.runs.finished == 2)
+    ended = desk.ended(lost.id)
+    assert (ended.problem or {})["type"].endswith("deadline-passed")
+    assert not desk.board.status(lasting.id, ALICE).ended, "its end may still be noted"
 
 
 def test_an_unfinished_job_has_no_blob(desk: Desk) -> None:
