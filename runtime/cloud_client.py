@@ -35,7 +35,8 @@ Cancel = Callable[[], bool]
 class CloudClient:
     """A client of one cloud; threads may share it. `timeout_s` bounds a whole handoff unless it is given a deadline.
 
-    A bearer token is sent over https, or to a loopback address, only; `insecure=True` lifts that. Capabilities are read
+    Plain http is for a loopback address only: prompts, and the token, would cross the network readable; `insecure=True`
+    allows it, for a network that is trusted. Capabilities are read
     at most every `capabilities_ttl_s` seconds. `memory` is what `generate` remembers of this cloud's failures.
     `transport` is an httpx transport, for tests.
     """

@@ -50,12 +50,16 @@ Step = Exchange | Pause
 
 
 def check_address(url: str, token: str | None, insecure: bool) -> bool:
-    """Whether the address is a loopback one. Raises RequestError for what is no http(s) address, a token that would
-    cross a network in plain text (`insecure` allows it), and a token that no header can hold."""
+    """Whether the address is a loopback one. Raises RequestError for what is no http(s) address, plain HTTP to another
+    machine (`insecure` allows it), and a token that no header can hold."""
     parts = _split_url(url)
     loopback = _is_loopback(parts.hostname or "")
-    if token is not None and parts.scheme == "http" and not (loopback or insecure):
-        raise RequestError("a token would cross the network in plain text", got=url, do="Use an https address.")
+    if parts.scheme == "http" and not (loopback or insecure):
+        raise RequestError(
+            f"{'prompts' if token is None else 'prompts and the token'} would cross the network in plain text",
+            got=url,
+            do="Use an https address, or insecure=True (--insecure) in a network that you trust.",
+        )
     if token is not None and not (token.isascii() and token.isprintable()):
         raise RequestError("the token cannot be sent", expected="printable ASCII", do="Choose another token.")
     return loopback

@@ -110,6 +110,9 @@ def generate(
     negative_prompt: str = "",
     guidance: Annotated[float | None, typer.Option(help="The bundle's default if not given.")] = None,
     token: Annotated[str | None, typer.Option(envvar="LATENTRELAY_TOKEN", help="The cloud's bearer token.")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Plain HTTP off loopback, in a network you trust.")
+    ] = False,
     wire_dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     fallback: Annotated[bool, typer.Option(help="Run all steps here if the cloud is out of reach.")] = True,
     cloud_deadline: Annotated[
@@ -165,6 +168,7 @@ def generate(
         free_mib=free_mib,
         previews=previews,
         public_key=public_key,
+        insecure=insecure,
     )
 
 

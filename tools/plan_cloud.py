@@ -84,7 +84,7 @@ def asked(url: str, token: str | None, otherwise: CloudSpeed) -> CloudSpeed:
 
     Raises CloudError.
     """
-    with CloudClient(url, token=token) as client:
+    with CloudClient(url, token=token, insecure=token is None) as client:  # no prompt is sent
         told = client.capabilities()
     own, queue = told.get("step_ms"), told.get("queue")
     digest = told["model"].get("digest") if isinstance(told.get("model"), Mapping) else None

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from latentrelay.runtime import MEDIA_TYPE, CloudClient, HandoffRequest
+from latentrelay.runtime import MEDIA_TYPE, AsyncCloudClient, CloudClient, HandoffRequest
 from latentrelay.runtime.errors import (
     CloudProtocolError,
     CloudRefusedError,
@@ -199,14 +199,16 @@ def test_addresses_that_are_none(url: str) -> None:
         CloudClient(url)
 
 
-def test_a_token_does_not_cross_a_network_in_plain_text() -> None:
+@pytest.mark.parametrize("kind", [CloudClient, AsyncCloudClient])
+@pytest.mark.parametrize("token", [None, "secret"])
+def test_nothing_crosses_a_network_in_plain_text(kind: Any, token: str | None) -> None:
     for url in ("http://example.org", "http://10.0.0.1:80"):
-        with pytest.raises(RequestError, match="plain text"):
-            CloudClient(url, token="secret")
-        CloudClient(url, token="secret", insecure=True)
-        CloudClient(url)
+        with pytest.raises(RequestError, match=r"prompts.*plain text.*--insecure") as caught:
+            kind(url, token=token)
+        assert ("the token" in str(caught.value)) == (token is not None)
+        kind(url, token=token, insecure=True)
     for url in ("https://example.org", "http://localhost:1", "http://127.0.0.1", "http://[::1]:5"):
-        CloudClient(url, token="secret")
+        kind(url, token=token)
 
 
 @pytest.mark.parametrize("token", ["se\ncret", "secret\r", "sécret"])

@@ -82,6 +82,15 @@ def test_a_cloud_that_is_gone(paint: Run, dead_url: str, tmp_path: Path) -> None
     assert not (tmp_path / "out.png").exists()
 
 
+def test_plain_http_to_another_machine_has_to_be_asked_for(paint: Run, tmp_path: Path) -> None:
+    url = "http://192.0.2.1:9"  # TEST-NET-1: there is nobody
+    done = paint("--cloud", url)
+    assert (done.status, done.json["error"]) == (2, "RequestError")
+    assert "plain text" in done.json["reason"]
+    assert not (tmp_path / "out.png").exists()
+    assert paint("--cloud", url, "--insecure", "--cloud-deadline", 0.2).json["path_taken"] == "device-fallback"
+
+
 def test_a_cloud_of_another_model(
     paint: Run, tiny: Any, serve_cloud: Callable[..., AbstractContextManager[str]], tmp_path: Path
 ) -> None:
