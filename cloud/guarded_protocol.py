@@ -1,8 +1,9 @@
 """uvicorn's HTTP/1.1 protocol with time and size limits on every connection, against clients that hold it for nothing.
 
-Limits: connections at once; time to send a request's head, from the connection or the end of the last answer, however
-slowly bytes come; size and number of headers; time to send a body; time without reading what was answered. Refusals
-before the application are problem documents too, and the connection ends. Not a firewall: it counts no addresses.
+Limits: connections at once, with a few more for probes alone; time to send a request's head, from the connection or the
+end of the last answer, however slowly bytes come; size and number of headers; time to send a body; time without reading
+what was answered. Refusals before the application are problem documents too, and the connection ends. Not a firewall:
+it counts no addresses.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from latentrelay.cloud.errors import ProblemError
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 Refused = Callable[[str], None]
+_FULL = "Too many connections are open; ask again."
+_PROBES = ("/healthz", "/readyz")  # an operator has to see that the process lives, above all when it is full
 ASGIApplication = Callable[[Any, Any, Any], Any]
 
 
@@ -28,12 +31,15 @@ ASGIApplication = Callable[[Any, Any, Any], Any]
 class ConnectionLimits:
     """Seconds, bytes and counts for one connection, but for `connections`, which counts all of one process.
 
+    reserve: connections beyond those, each for one request to /healthz or /readyz within reserve_s of its opening.
     head_s: from the connection, or from the first byte of a later request, to the end of its head. idle_s: between two
     requests. body_s: from the head to the body's last byte. drain_s: without room for more to be written, or from the
     answer's end until all of it was taken by the system; drain_bytes_per_s adds time for a large answer.
     """
 
     connections: int = 512
+    reserve: int = 8
+    reserve_s: float = 2.0
     head_s: float = 10.0
     head_bytes: int = 16 * 1024
     headers: int = 64
@@ -69,7 +75,8 @@ class GuardedProtocol(H11Protocol):
         super().__init__(config, server_state, app_state, _loop)
         self.conn = h11.Connection(h11.SERVER, self.limits.head_bytes)
         self.logger = cast(logging.Logger, _Quieter(self.logger))
-        self.app = _small_heads(self.app, self.limits, type(self).refused)
+        self._reserved = False
+        self.app = _small_heads(self.app, self.limits, type(self).refused, lambda: self._reserved)
         self.timeout_keep_alive = cast(int, self.limits.idle_s)
         self._owed: asyncio.TimerHandle | None = None
         self._phase = ""
@@ -78,10 +85,16 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Start the time for the first head, or refuse where there are too many connections."""
         super().connection_made(cast(asyncio.Transport, transport))
-        if len(self.connections) > self.limits.connections:
-            self._end(503, "too-many-connections", "Too many connections are open; ask again.", {"retry-after": "1"})
+        beyond = len(self.connections) - self.limits.connections
+        if beyond > self.limits.reserve:
+            self._end(503, "too-many-connections", _FULL, {"retry-after": "1"})
             return
-        self._expect("head", self.limits.head_s)
+        self._reserved = beyond > 0
+        self._expect("head", self._head_s)
+
+    @property
+    def _head_s(self) -> float:
+        return min(self.limits.head_s, self.limits.reserve_s) if self._reserved else self.limits.head_s
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timers."""
@@ -153,7 +166,7 @@ class GuardedProtocol(H11Protocol):
                 type(self).refused("head-timeout")
             self._close()  # nothing was asked, nothing is answered
             return
-        seconds = self.limits.head_s if phase == "head" else self.limits.body_s
+        seconds = self._head_s if phase == "head" else self.limits.body_s
         self._end(408, f"{phase}-timeout", f"The request's {phase} did not come within {seconds:g} s.", {})
 
     def _watch_reader(self, seconds: float | None) -> None:
@@ -202,23 +215,44 @@ class _Quieter(logging.LoggerAdapter[logging.Logger]):
         return self.logger.level
 
 
-def _small_heads(app: ASGIApplication, limits: ConnectionLimits, refused: Refused) -> ASGIApplication:
-    """The application, for heads within the limits; 431 for others, which came whole in one piece."""
+def _small_heads(
+    app: ASGIApplication, limits: ConnectionLimits, refused: Refused, reserved: Callable[[], bool]
+) -> ASGIApplication:
+    """The application, for heads within the limits; 431 for others, which came whole in one piece. On a reserved
+    connection one request to a probe is answered, and 503 for what else is asked."""
 
     async def checked(scope: Any, receive: Any, send: Any) -> None:
         lines = scope["headers"]
         size = len(scope["raw_path"]) + len(scope["query_string"])
         size += sum(len(name) + len(value) + 4 for name, value in lines)
-        if size <= limits.head_bytes and len(lines) <= limits.headers:
+        if size > limits.head_bytes or len(lines) > limits.headers:
+            detail = f"At most {limits.headers} headers and {limits.head_bytes} bytes of them are read."
+            status, kind, more = 431, "headers-too-large", {}
+        elif not reserved():
             await app(scope, receive, send)
             return
-        refused("headers-too-large")
-        detail = f"At most {limits.headers} headers and {limits.head_bytes} bytes of them are read."
-        answer, body = _problem(431, "headers-too-large", detail, {})
-        await send({"type": "http.response.start", "status": 431, "headers": answer})
+        elif scope["path"] in _PROBES:
+            await app(scope, receive, _closing(send))
+            return
+        else:
+            detail, status, kind, more = _FULL, 503, "too-many-connections", {"retry-after": "1"}
+        refused(kind)
+        answer, body = _problem(status, kind, detail, more)
+        await send({"type": "http.response.start", "status": status, "headers": answer})
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
     return checked
+
+
+def _closing(send: Any) -> Any:
+    """A `send` whose answer ends the connection."""
+
+    async def closing(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+        await send(message)
+
+    return closing
 
 
 def _problem(status: int, kind: str, detail: str, headers: dict[str, str]) -> tuple[list[tuple[bytes, bytes]], bytes]:

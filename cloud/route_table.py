@@ -86,7 +86,7 @@ OPERATIONS: tuple[Operation, ...] = (
             413: ("body-too-large",),
             415: ("unsupported-media-type",),
             422: ("invalid-request", "idempotency-key-reused"),
-            429: ("rate-limited", "quota-used", "too-many-jobs"),
+            429: ("rate-limited", "quota-used", "too-many-jobs", "too-many-streams"),
             500: _ENDED[500],
             503: ("queue-full", "deadline-unreachable", "memory", "store-full", *_ENDED[503]),
             504: _ENDED[504],
@@ -116,6 +116,7 @@ OPERATIONS: tuple[Operation, ...] = (
             406: ("not-acceptable",),
             412: ("precondition-failed",),
             416: ("range-not-satisfiable",),
+            429: ("too-many-streams",),
             **_ENDED,
         },
         parameters=(

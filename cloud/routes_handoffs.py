@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from typing import Any
 
 from latentrelay.cloud import events, logs
@@ -32,6 +34,7 @@ from latentrelay.cloud.service import Service, not_ready
 from latentrelay.cloud.tokens import Caller
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 _log = logging.getLogger("latentrelay.cloud")
 _UNFINISHED = ("queued", "running")
@@ -40,6 +43,21 @@ _GONE = {
     "expired": "The result was kept for its time to live and is gone.",
     "deleted": "The result was deleted.",
 }
+
+
+class _Held(StreamingResponse):
+    """A stream that holds its caller's place from when it is made to its end, however it ends."""
+
+    def __init__(self, give_back: Callable[[], None], content: AsyncIterator[bytes], **options: Any) -> None:
+        super().__init__(content, **options)
+        self._give_back = give_back
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._give_back()
 
 
 class HandoffRoutes:
@@ -59,6 +77,14 @@ class HandoffRoutes:
         body = await read_body(request, service.engine.limits.max_body_bytes, service.options.body_s)
         wanted = parse_request(body, service.engine.limits)
         service.engine.check(wanted)
+        with service.streams.place(request.state.caller) if wanted_wait.wait_s else nullcontext():
+            return await self._made(request, wanted, body, key, wanted_wait)
+
+    async def _made(
+        self, request: Request, wanted: RunRequest, body: bytes, key: str | None, wanted_wait: Preference
+    ) -> Response:
+        """Take on the job and wait for it as long as the client does."""
+        service = self._service
         job = await asyncio.shield(asyncio.ensure_future(self._in_turn(request, wanted, body, key)))
         request.state.job = job.id
         headers = {"Location": f"/v1/handoffs/{job.id}", "Latentrelay-Job": job.id}
@@ -89,7 +115,8 @@ class HandoffRoutes:
             return self._events(request, job, status)
         asked = preference(request, self._service.options.max_wait_s)
         if asked.wait_s and status.state in _UNFINISHED:
-            status = await self._awaited(request, job, asked)
+            with self._service.streams.place(request.state.caller):
+                status = await self._awaited(request, job, asked)
         if wanted == STATUS:
             return _status_response(status, 200, {"Vary": "Accept", **_applied(asked)})
         return await self._as_blob(request, job, status, _applied(asked))
@@ -186,7 +213,8 @@ class HandoffRoutes:
         if request.method == "HEAD":
             return Response(headers=headers, media_type=EVENTS)
         board, owner, options = self._service.board, request.state.caller.name, self._service.options
-        return StreamingResponse(
+        return _Held(
+            self._service.streams.take(request.state.caller),
             events.stream(
                 status,
                 lambda seen, seconds: board.wait(job, owner, seen=seen, timeout_s=seconds),

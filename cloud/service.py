@@ -25,6 +25,7 @@ from latentrelay.cloud.errors import ProblemError
 from latentrelay.cloud.folder_store import FolderStore
 from latentrelay.cloud.jobs import JobBoard, JobOptions
 from latentrelay.cloud.metrics import Metrics
+from latentrelay.cloud.open_streams import OpenStreams
 from latentrelay.cloud.rate_limits import Usage
 from latentrelay.cloud.requests import parse_request
 from latentrelay.cloud.service_options import ServiceOptions
@@ -59,8 +60,10 @@ class Service:
             max_batch=options.max_batch,
             memory_mib=options.memory_mib,
             cache=options.cache,
+            result_ttl_s=options.ttl_s,
             observer=self.metrics,
         )
+        self.streams = OpenStreams(tokens, each=options.streams_per_caller, alone=options.streams_alone)
         # Two, so that whoever has many jobs taken on keeps nobody from looking at theirs, or at the service.
         self._looking = ThreadPoolExecutor(_LOOKING, "latentrelay-look")
         self._accepting = ThreadPoolExecutor(_ACCEPTING, "latentrelay-accept")

@@ -1,9 +1,12 @@
-"""What one caller cannot take from the others: the threads that look at jobs and at the service."""
+"""What one caller cannot take from the others: threads that look at jobs and at the service, and connections."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -16,6 +19,7 @@ from latentrelay.cloud.errors import ProblemError
 from latentrelay.cloud.folder_store import FolderStore
 from latentrelay.cloud.rate_limits import Usage
 from latentrelay.cloud.serve import CloudServer
+from latentrelay.cloud.service_options import ServiceOptions
 from latentrelay.cloud.tokens import ANONYMOUS, Caller, CallerLimits, Tokens
 
 FILE = """
@@ -121,3 +125,87 @@ def test_turns_go_round_and_are_bounded() -> None:
             pass
 
     asyncio.run(ask())
+
+
+def opened(url: str, count: int, *lines: str, method: str = "GET", path: str, body: bytes = b"") -> list[Any]:
+    """So many plain sockets with the same request sent, and the head of each one's answer where it comes by itself."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    head = "\r\n".join([f"{method} {path} HTTP/1.1", "Host: a", *lines, "", ""]).encode()
+    sockets = []
+    for _ in range(count):
+        sockets.append(socket.create_connection((host, int(port)), timeout=30))
+        sockets[-1].sendall(head + body)
+    return sockets
+
+
+def statuses(sockets: list[Any]) -> list[int]:
+    return [int(each.recv(65536).split()[1]) for each in sockets]
+
+
+def closed(sockets: list[Any]) -> None:
+    for each in sockets:
+        each.close()
+
+
+@pytest.fixture
+def held(gated: Any, start: Callable[..., CloudServer], tmp_path: Path) -> Iterator[Callable[..., tuple[str, str]]]:
+    """`held(names, **limits)`: a service whose network stands still, and the id of a job of "wide" or of everybody."""
+    engine, gate = gated
+    gate.hold()
+
+    def make(named: bool, **limits: Any) -> tuple[str, str]:
+        (tmp_path / "tokens.toml").write_text(FILE)
+        tokens = Tokens.from_file(tmp_path / "tokens.toml") if named else Tokens.none()
+        url = start(engine, app={"tokens": tokens, "service": ServiceOptions(**limits)}).url
+        headers = {"Authorization": "Bearer wide-token"} if named else {}
+        return url, httpx.post(f"{url}/v1/handoffs", json=BODY, headers=headers, timeout=30).json()["id"]
+
+    yield make
+    gate.release()
+
+
+def test_one_caller_opens_only_so_many_streams_and_waits(held: Callable[..., tuple[str, str]]) -> None:
+    url, job = held(True)
+    token, events = "Authorization: Bearer wide-token", "Accept: text/event-stream"
+    streams = opened(url, 16, token, events, path=f"/v1/handoffs/{job}")
+    assert statuses(streams) == [200] * 16
+    content = json.dumps(BODY | {"seed": 2}).encode()
+    lines = [token, "Content-Type: application/json", f"Content-Length: {len(content)}"]
+    headers = {"Authorization": "Bearer wide-token"}
+    more = opened(url, 3, token, events, path=f"/v1/handoffs/{job}")
+    more += opened(url, 3, token, "Prefer: wait=30", path=f"/v1/handoffs/{job}")
+    more += opened(url, 3, *lines, "Prefer: wait=30", method="POST", path="/v1/handoffs", body=content)
+    for each in more:
+        head, _, document = each.recv(65536).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 429")
+        assert b"retry-after: 1" in head
+        assert json.loads(document)["type"].endswith(":too-many-streams")
+    assert httpx.get(f"{url}/v1/capabilities", headers=headers).json()["queue"]["running"] == 1  # no job was made
+    assert httpx.get(f"{url}/v1/handoffs/{job}", headers=headers).status_code == 202  # looking takes no place
+    created = httpx.post(f"{url}/v1/handoffs", json=BODY | {"seed": 3}, headers={"Authorization": "Bearer other-token"})
+    other = opened(url, 1, "Authorization: Bearer other-token", events, path=f"/v1/handoffs/{created.json()['id']}")
+    assert statuses(other) == [200]
+    closed(streams[:2])
+    deadline = time.monotonic() + 30
+    while statuses(again := opened(url, 1, token, events, path=f"/v1/handoffs/{job}")) != [200]:
+        assert time.monotonic() < deadline, "a place did not come back"
+        closed(again)
+        time.sleep(0.05)
+    closed([*streams, *more, *other, *again])
+
+
+def test_waits_give_their_places_back(held: Callable[..., tuple[str, str]]) -> None:
+    url, job = held(True, streams_per_caller=2)
+    headers = {"Authorization": "Bearer wide-token", "Prefer": "wait=0.1"}
+    for n in range(6):
+        assert httpx.get(f"{url}/v1/handoffs/{job}", headers=headers).status_code == 202
+        assert httpx.post(f"{url}/v1/handoffs", json=BODY | {"seed": n}, headers=headers).status_code == 202
+        assert httpx.post(f"{url}/v1/handoffs", json=BODY | {"split": 99}, headers=headers).status_code == 422
+
+
+def test_callers_of_one_name_share_many_places(held: Callable[..., tuple[str, str]]) -> None:
+    url, job = held(False)
+    streams = opened(url, 257, "Accept: text/event-stream", path=f"/v1/handoffs/{job}")
+    assert sorted(statuses(streams)) == [200] * 256 + [429]
+    assert httpx.get(f"{url}/healthz").status_code == 200
+    closed(streams)

@@ -265,7 +265,9 @@ def test_too_many_connections_are_refused_and_places_come_back(serve: Callable[.
     for client in clients:
         client.sendall(GET)
         assert b"200 OK" in client.recv(65536)
-    problem(everything(running.connect()), 503, "too-many-connections")
+    refused = running.connect()
+    refused.sendall(GET)
+    problem(everything(refused), 503, "too-many-connections")
     clients.pop().close()
     until(lambda: len(running.server.server_state.connections) < 3, "the place did not come back")
     with running.connect() as client:
@@ -273,6 +275,31 @@ def test_too_many_connections_are_refused_and_places_come_back(serve: Callable[.
         assert b"200 OK" in client.recv(65536)
     for client in clients:
         client.close()
+
+
+@pytest.mark.parametrize("path", [b"/healthz", b"/readyz"])
+def test_a_full_server_still_answers_its_probes(serve: Callable[..., Running], path: bytes) -> None:
+    running = serve(connections=2, reserve=3, head_s=20, reserve_s=0.5)
+    with ExitStack() as stack:
+        held = [stack.enter_context(running.connect()) for _ in range(2)]
+        for client in held:
+            client.sendall(GET)
+            assert b"200 OK" in client.recv(65536)
+        probe = running.connect()
+        probe.sendall((b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % path) * 2)
+        answer = everything(probe)
+        assert answer.count(b"200 OK") == 1
+        assert b"connection: close" in answer.lower()
+        for request in (GET, post(3) + b"abc", post(10**6)):
+            asking = running.connect()
+            asking.sendall(request)
+            problem(everything(asking), 503, "too-many-connections")
+        silent = [stack.enter_context(running.connect()) for _ in range(3)]  # the reserve is held for a moment only
+        until(lambda: len(running.server.server_state.connections) == 5, "the reserve was not taken")
+        problem(everything(running.connect()), 503, "too-many-connections")
+        assert [everything(each) for each in silent] == [b""] * 3
+        held[0].sendall(GET)  # nothing of this has touched those who were there before
+        assert b"200 OK" in held[0].recv(65536)
 
 
 @pytest.mark.parametrize("path", [b"/large", b"/events"])
