@@ -2,9 +2,9 @@
 
 In: `RunRequest`s from any thread. Out: a `Ticket` each, whose future is the `Handoff`. One thread runs the network;
 between two of its calls requests join and leave, whatever their step, split, sampler, guidance or prompt. A second one
-keeps deadlines, so that a call that hangs holds up nobody's answer. Equal requests share one run. What is computed
-for a request is diffusers' own arithmetic; who shared its calls changes it by floating-point noise only, and nothing
-at all where it asks to be deterministic.
+keeps deadlines, so that a call that hangs holds up nobody's answer. Equal requests of one owner share one run. What is
+computed for a request is diffusers' own arithmetic; who shared its calls changes it by floating-point noise only, and
+nothing at all where it asks to be deterministic.
 """
 
 from __future__ import annotations
@@ -64,17 +64,19 @@ class Batcher:
         max_batch: int | None = None,
         memory_mib: float | None = None,
         cache: bool = True,
+        result_ttl_s: float = 600.0,
         observer: BatchObserver | None = None,
     ) -> None:
         """max_batch: requests a call (16 on the CPU, 32 elsewhere); memory_mib: for activations (a share of what is
-        free); cache: whether text states and results are kept and equal requests in flight share a run."""
+        free); cache: whether text states and results are kept and equal requests in flight share a run; result_ttl_s:
+        how long a result is kept."""
         self.engine = engine
         self._observer: BatchObserver = observer or SilentObserver()
         self._places = Places()
         self.admission = Admission(engine, self._places, max_batch, memory_mib)
         texts = TextStates(engine, _TEXT_BYTES if cache else 0, self._observer)
         self._steps = BatchSteps(engine, texts, self._stepped, lambda job, error: self._fail([job], _clean(error)))
-        self._results: ContentCache[Handoff] | None = ContentCache(_RESULT_BYTES) if cache else None
+        self._results: ContentCache[Handoff] | None = ContentCache(_RESULT_BYTES, result_ttl_s) if cache else None
         self._shared: dict[bytes, Job] = {}
         self._lock = threading.RLock()
         self._work, self._due = threading.Condition(self._lock), threading.Condition(self._lock)
@@ -124,8 +126,16 @@ class Batcher:
                 if thread.is_alive():
                     _log.error("the thread %s hangs in a network call and is left behind", thread.name)
 
-    def submit(self, request: RunRequest, *, deadline_s: float | None = None, on_step: OnStep | None = None) -> Ticket:
-        """Queue a request. deadline_s: seconds left; None takes the request's own, or the service's limit.
+    def submit(
+        self,
+        request: RunRequest,
+        *,
+        deadline_s: float | None = None,
+        on_step: OnStep | None = None,
+        owner: str = "",
+    ) -> Ticket:
+        """Queue a request. deadline_s: seconds left; None takes the request's own, or the service's limit. owner: whose
+        it is; runs and results are shared with requests of the same owner only.
 
         on_step follows every step, on the batcher's thread. Raises ProblemError for what the engine cannot run, and a
         RefusedError for what it cannot run now: QueueFullError, MemoryRefusedError, DeadlineRefusedError,
@@ -137,7 +147,7 @@ class Batcher:
         ticket = Ticket(
             request, time.monotonic() + left_s, wire_version(request), on_step, self._cancel, self._position
         )
-        key = None if self._results is None else content_key([self.engine.digest, request.content()])
+        key = None if self._results is None else _of(owner) + content_key([self.engine.digest, request.content()])
         job = Job(request, self.engine.latent_shape(request)[2:], 0, key)
         try:
             self.admission.capacity(job)  # without warm_up the first waits for the forecast: not under the lock
@@ -148,6 +158,11 @@ class Batcher:
         if self._results is not None:
             self._observer.cache("result", found)
         return ticket
+
+    def forget(self, owner: str) -> None:
+        """Keep none of the results that were made for this owner until now."""
+        if self._results is not None:
+            self._results.drop(_of(owner))
 
     def load(self) -> Load:
         """What is held now, and the measured times."""
@@ -231,7 +246,7 @@ class Batcher:
                 reason = "failed"
             self._observer.left(reason)
 
-    # On the thread that keeps deadlines.
+    # On the thread that keeps deadlines, of tickets and of results.
 
     def _keep_deadlines(self) -> None:
         while True:
@@ -244,8 +259,10 @@ class Batcher:
                 for ticket in tickets:
                     if ticket.deadline <= now:
                         self._expire(ticket, ended)
+                aged_s = None if self._results is None else self._results.drop_old()
                 if not ended:
-                    self._due.wait(min((each.deadline - now for each in tickets), default=None))
+                    waits = [each.deadline - now for each in tickets] + ([] if aged_s is None else [aged_s])
+                    self._due.wait(min((*waits, threading.TIMEOUT_MAX)))
             self._settle(ended)
 
     def _expire(self, ticket: Ticket, ended: Ended) -> None:
@@ -376,9 +393,10 @@ class Batcher:
             self._fail([job], _clean(error))
             return
         with self._lock:
-            if self._results is not None and job.key is not None:
+            if self._results is not None and job.key is not None and job.tickets:  # nobody's any more is not kept
                 size = handoff.latents.nbytes + (0 if handoff.x0_prev is None else handoff.x0_prev.nbytes)
                 self._results.put(job.key, handoff, size + 4096)
+                self._due.notify_all()
             for ticket in list(job.tickets):
                 self._end(ticket, lambda: handoff, "done", ended)
         self._settle(ended)
@@ -407,6 +425,11 @@ def _in_version(handoff: Handoff, version: str) -> Handoff:
     if handoff.meta.schema_version == version:
         return handoff
     return dataclasses.replace(handoff, meta=dataclasses.replace(handoff.meta, schema_version=version))
+
+
+def _of(owner: str) -> bytes:
+    """What the keys of an owner's results begin with."""
+    return content_key(["owner", owner])
 
 
 def _ms(seconds: float | None) -> float | None:

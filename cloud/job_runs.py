@@ -33,11 +33,20 @@ class RunTicket(Protocol):
 
 
 class Runs(Protocol):
-    """What makes the runs. `submit` raises ProblemError for what it cannot run, RefusedError for what it cannot now."""
+    """What makes the runs; owners share none. `submit` raises ProblemError for what it cannot run, RefusedError for
+    what it cannot run now."""
 
     def submit(
-        self, request: RunRequest, *, deadline_s: float | None = None, on_step: Callable[[Report], None] | None = None
+        self,
+        request: RunRequest,
+        *,
+        deadline_s: float | None = None,
+        on_step: Callable[[Report], None] | None = None,
+        owner: str = "",
     ) -> RunTicket: ...
+
+    def forget(self, owner: str) -> None:
+        """Keep none of the results that were made for this owner until now."""
 
 
 class JobObserver(Protocol):

@@ -366,6 +366,7 @@ class JobBoard:
                 return False
             if record.content is not None:
                 self._ledger.uncache(record.content)
+            self._runs.forget(record.owner)  # all of the owner's, as the record does not hold the request any more
         self._bell.ring(record.id)
         return True
 

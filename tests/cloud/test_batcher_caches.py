@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -86,6 +87,58 @@ def test_a_finished_result_is_given_again(gated: Any, batching: Any, wanted: Any
     assert len(gate.rows) > calls + 4
 
 
+def test_owners_share_neither_runs_nor_results(gated: Any, batching: Any, wanted: Any) -> None:
+    engine, gate = gated
+    counts = Counts()
+    batcher = batching(engine, observer=counts)
+    gate.hold()
+    held = [batcher.submit(wanted(), owner=each) for each in ("ann", "bob", "ann")]
+    assert batcher.load().waiting + batcher.load().running == 2
+    gate.release()
+    for ticket in held:
+        ticket.future.result(60)
+    for owner in ("ann", "bob", "cem"):
+        batcher.submit(wanted(), owner=owner).future.result(60)
+    assert [hit for kind, hit in counts.hits if kind == "result"] == [False, False, True, True, True, False]
+
+
+def test_what_is_forgotten_is_made_again(gated: Any, batching: Any, wanted: Any) -> None:
+    engine, gate = gated
+    counts = Counts()
+    batcher = batching(engine, observer=counts)
+    for owner in ("ann", "bob"):
+        batcher.submit(wanted(), owner=owner).future.result(60)
+    batcher.forget("ann")
+    calls = len(gate.rows)
+    for owner in ("ann", "bob"):
+        batcher.submit(wanted(), owner=owner).future.result(60)
+    assert [hit for kind, hit in counts.hits if kind == "result"] == [False, False, False, True]
+    assert len(gate.rows) > calls
+
+
+def test_a_run_that_all_gave_up_leaves_no_result(gated: Any, batching: Any, wanted: Any) -> None:
+    engine, gate = gated
+    batcher = batching(engine)
+    gate.hold()
+    ticket = batcher.submit(wanted(split=1), owner="ann")
+    gate.await_call()  # its last step is being made
+    ticket.cancel()
+    batcher.forget("ann")
+    gate.release()
+    batcher.submit(wanted(seed=5), owner="bob").future.result(60)  # the round is over
+    assert len(batcher._results) == 1
+
+
+def test_a_result_leaves_the_memory_when_its_time_is_over(engine: Any, batching: Any, wanted: Any) -> None:
+    batcher = batching(engine, result_ttl_s=0.2)
+    batcher.submit(wanted()).future.result(60)
+    until = time.monotonic() + 60
+    while len(batcher._results):  # though nobody asks
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert batcher._results.held_bytes == 0
+
+
 def test_the_switch_turns_all_caches_off(gated: Any, batching: Any, wanted: Any) -> None:
     engine, gate = gated
     counts = Counts()
@@ -160,6 +213,20 @@ def test_the_least_recently_used_makes_room() -> None:
     cache.put(keys[1], "too large", 101)
     assert cache.get(keys[1]) is None
     assert cache.get(keys[0]) == "A"
+
+
+def test_what_is_too_old_is_not_given() -> None:
+    cache: ContentCache[str] = ContentCache(100, max_age_s=0.0)
+    cache.put(b"a", "a", 30)
+    assert (cache.get(b"a"), cache.held_bytes) == (None, 0)
+    cache.put(b"a", "a", 30)
+    assert (cache.drop_old(), len(cache)) == (None, 0)
+    kept: ContentCache[str] = ContentCache(100, max_age_s=1e6)
+    for key in (b"ab", b"ac", b"b"):
+        kept.put(key, "kept", 30)
+    assert 0 < (kept.drop_old() or 0) <= 1e6
+    kept.drop(b"a")
+    assert (kept.get(b"ab"), kept.get(b"b"), kept.held_bytes) == (None, "kept", 30)
 
 
 def test_a_key_says_nothing_of_the_text() -> None:

@@ -107,6 +107,30 @@ def test_a_cancelled_job_leaves_the_batch(board: Callable[[], tuple[JobBoard, Ba
     assert jobs.status(id, ME).state == "cancelled"
 
 
+def test_a_deleted_result_is_gone_from_memory_too(gated: Any, tmp_path: Path) -> None:
+    """And it never was another owner's."""
+    engine, gate = gated
+    with ExitStack() as stack:
+        batcher = Batcher(engine)
+        jobs = JobBoard(FolderStore(tmp_path), batcher, options=JobOptions(poll_s=0.02), model=engine.digest)
+        batcher.start()
+        stack.callback(batcher.close)
+        jobs.start()
+        stack.callback(jobs.close)
+        calls = []
+        for owner in (ME, "other", ME):
+            body = document()
+            id = jobs.accept(parse_request(body, engine.limits), body, owner=owner).id
+            assert asyncio.run(jobs.wait(id, owner, timeout_s=120)).state == "done"
+            calls.append(len(gate.rows))
+            until = time.monotonic() + 60
+            while jobs._live.get(id) is not None:  # until its end is in the store
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            assert jobs.cancel(id, owner).state == "deleted"
+        assert calls == [2, 4, 6]
+
+
 def test_a_deadline_that_is_missed_hands_over_early_or_fails(
     board: Callable[[], tuple[JobBoard, Batcher]], engine: Engine
 ) -> None:
