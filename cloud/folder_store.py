@@ -8,6 +8,7 @@ ours are never touched. Needs a file system with hard links and flock (any local
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -66,6 +67,7 @@ class FolderStore:
         def write() -> None:
             with self._written(data) as part, self._locked(digest):
                 os.rename(part, path)
+            self._sync_folder(path)
 
         self._made(write)
         return digest
@@ -94,7 +96,8 @@ class FolderStore:
                 yield name, stamp
 
     def create(self, kind: str, key: str, data: bytes) -> bool:
-        """See Store. Named first and synced then: one wait for the disk makes both the bytes and the name durable."""
+        """See Store. Named first and synced then: one wait for the disk makes the bytes durable and, where the file
+        system has a journal of names (ext4, XFS), the name too. Accepting a job waits for no more."""
         path = self._path(kind, key)
         if _stamp(path) is not None and self._bytes(path) is not None:
             return False
@@ -133,15 +136,18 @@ class FolderStore:
         """See Store."""
         return self._bytes(self._path(kind, key))
 
-    def replace(self, kind: str, key: str, data: bytes, *, expected: bytes) -> bool:
+    def replace(self, kind: str, key: str, data: bytes, *, expected: bytes, durable: bool = True) -> bool:
         """See Store."""
         path = self._path(kind, key)
 
         def write() -> bool:
-            with self._written(data) as part, self._locked(key):
+            with self._written(data, durable=durable) as part, self._locked(key):
                 if self._bytes(path) != expected:
                     return False
                 os.rename(part, path)
+            if durable:
+                with contextlib.suppress(OSError):  # the change is made, and others have seen it
+                    self._sync_folder(path)
             return True
 
         return self._made(write)
@@ -282,6 +288,15 @@ class FolderStore:
     def _sync(self, handle: int) -> None:
         if self._durable:
             os.fsync(handle)
+
+    def _sync_folder(self, path: Path) -> None:
+        """Make the name that `path` was just given durable."""
+        if self._durable:
+            handle = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
     def _open_part(self) -> tuple[int, Path]:
         path = self.folder / "part" / secrets.token_hex(16)

@@ -3,6 +3,7 @@
 Requests are a token bucket on the monotonic clock: as many as one minute's may come at once, then they come back
 evenly. The counters of requests are this process's own: n replicas together let through up to n times as many. Steps
 are kept in the store where one is given, shared by its replicas and kept over restarts, by UTC day; without one, here.
+Counting them waits for no disk but once a day: a power failure may forget the last ones.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def _add_stored(store: Store, name: str, day: int, steps: int, most: int | None)
         if held is None and store.create(_KIND, key, value):
             _forget_before(store, day - 1)
             return True
-        if held is not None and store.replace(_KIND, key, value, expected=held):
+        if held is not None and store.replace(_KIND, key, value, expected=held, durable=False):
             return True
     raise ProblemError(503, "store-busy", "The quota's counter is contended; ask again.", headers={"Retry-After": "1"})
 

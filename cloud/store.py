@@ -71,14 +71,15 @@ class Store(Protocol):
     def read(self, kind: str, key: str) -> bytes | None:
         """The record's bytes, or None."""
 
-    def replace(self, kind: str, key: str, data: bytes, *, expected: bytes) -> bool:
-        """Write the record durably if its bytes are `expected`; else False. No other change can come between."""
+    def replace(self, kind: str, key: str, data: bytes, *, expected: bytes, durable: bool = True) -> bool:
+        """Write the record if its bytes are `expected`; else False. No other change can come between. Without `durable`
+        nobody waits for the disk, and a power failure may undo it."""
 
     def put(self, kind: str, key: str, data: bytes) -> None:
         """Write the record whatever was there; a power failure may undo it. Not for records that `replace` changes."""
 
     def delete(self, kind: str, key: str, *, expected: bytes | None = None) -> bool:
-        """Remove the record (if its bytes are `expected`); whether it was removed."""
+        """Remove the record (if its bytes are `expected`); whether it was removed. A power failure may undo it."""
 
     def keys(self, kind: str) -> list[str]:
         """The keys of every record of a kind, in no order."""

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -364,6 +365,38 @@ def test_a_file_system_without_room_is_full(tmp_path: Path) -> None:
         assert store.create("job", OTHER, b"two")
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_name_is_on_the_disk_when_the_write_returns(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def fsync(handle: int, sync: Callable[[int], None] = os.fsync) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        done.append(f"sync {path.name}" if path.is_dir() else "sync file")
+        sync(handle)
+
+    def rename(before: Path, after: Path, rename: Callable[..., None] = os.rename) -> None:
+        done.append("rename")
+        rename(before, after)
+
+    def calls() -> list[str]:
+        made = list(done)
+        done.clear()
+        return made
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    store.create("job", KEY, b"one")
+    assert calls() == ["sync file"], "accepting a job waits once"
+    store.replace("job", KEY, b"two", expected=b"one")
+    assert calls() == ["sync file", "rename", "sync job"]
+    store.put_blob(b"latents")
+    assert calls() == ["sync file", "rename", "sync blob"]
+    store.replace("job", KEY, b"three", expected=b"two", durable=False)
+    store.put("progress", KEY, b"{}")
+    assert calls() == ["rename", "rename"]
+    FolderStore(store.folder, durable=False).replace("job", KEY, b"four", expected=b"three")
+    assert calls() == ["rename"]
 
 
 def test_every_kind_has_its_folder(store: FolderStore) -> None:
