@@ -68,6 +68,7 @@ class Conversation:
     job: str | None = None
     _body: bytes = b""
     _failures: int = 0  # in a row, since anything last moved
+    _gone_since: float | None = None  # when the first of the last attempts in a row to find nobody began
     _asked: bool = False  # a POST was sent whose fate is not known: the cloud may have accepted it
     _over: bool = False  # nothing is left to cancel there
 
@@ -277,15 +278,20 @@ class Conversation:
                 raise self.too_late()
             exchange = make()
             before, self._asked = self._asked, self._asked or exchange.method == "POST"
+            begun = time.monotonic()
             try:
                 answer = yield exchange
             except CloudUnavailableError as error:
                 if error.kind == "unreachable":
                     self._asked = before
+                    self._gone_since = begun if self._gone_since is None else self._gone_since
+                else:
+                    self._gone_since = None
                 if self._over:  # the job's own end, read from its events
                     raise
                 yield from self._after(error)
                 continue
+            self._gone_since = None
             refusal = self._refusal(answer)
             if refusal is None:
                 if exchange.on_bytes is None and answer.cut is None:
@@ -312,7 +318,9 @@ class Conversation:
         self._failures += 1
         alone = error.kind == "unreachable" and self.job is None and not self._asked
         wait_s = self.retries.wait(self._failures, error.retry_after_s)
-        if (alone and self._failures >= self.retries.connects) or wait_s >= self._left():
+        gone_s = 0.0 if self._gone_since is None else time.monotonic() + wait_s - self._gone_since
+        dead = gone_s > self.retries.unreachable_s
+        if (alone and self._failures >= self.retries.connects) or dead or wait_s >= self._left():
             raise error
         self.attempts += 1
         yield Pause(wait_s)

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from latentrelay.runtime.cloud_client import CloudClient
+from latentrelay.runtime.cloud_retries import RetryPolicy
 from latentrelay.runtime.handoff import Handoff
 from latentrelay.runtime.handoff_request import HandoffRequest
 
 LONG_S = 120.0  # patience on a machine with other things to do; never how long something must take
+PATIENT = RetryPolicy(unreachable_s=LONG_S)  # a restart takes longer than a device would wait
 
 
 def _fields(seed: int, steps: int = 30) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def test_the_client_waits_through_a_restart(
         if status.step >= 3:
             started.set()
 
-    with CloudClient(server.url) as client:
+    with CloudClient(server.url, retries=PATIENT) as client:
         thread, result = processes.asking(client, HandoffRequest(**_fields(10)), LONG_S, on_progress=told)
         processes.until(lambda: started.is_set() or bool(result))
         assert not result, result
@@ -91,7 +93,7 @@ def test_killed_mid_transfer_the_client_resumes(
     whole = undisturbed(fields)  # 1 MiB
     with (
         proxies.CuttingProxy(server.port, lambda _: proxies.Cut(bytes_per_s=len(whole) / 4)) as proxy,
-        CloudClient(proxy.url) as client,
+        CloudClient(proxy.url, retries=PATIENT) as client,
     ):
         client.capabilities()
         before = proxy.passed[1]
@@ -113,7 +115,7 @@ def test_killed_mid_transfer_the_client_resumes(
 def test_a_store_wiped_between_two_runs_of_the_server(server: Any, processes: Any) -> None:
     server.ensure()
     job = processes.post(server.url, _fields(30), key="wiped").json()["id"]
-    with CloudClient(server.url) as client:
+    with CloudClient(server.url, retries=PATIENT) as client:
         started = threading.Event()
         thread, result = processes.asking(
             client, HandoffRequest(**_fields(31)), LONG_S, on_progress=lambda status: started.set()

@@ -347,6 +347,23 @@ def test_silence_that_is_too_long_counts_as_cut(scripted: Any, made: Any, ask: A
     assert (handoff.meta.next_step, attempts, cloud.made) == (2, 2, 1)
 
 
+def test_a_cloud_that_died_with_a_job_is_not_waited_for_until_the_deadline(scripted: Any, made: Any, ask: Ask) -> None:
+    cloud = scripted.ScriptedCloud(made, step_s=30)
+    stopped: list[float] = []
+
+    def stop(_: Any) -> None:
+        stopped.append(time.monotonic())
+        cloud.stop()
+
+    patience = RetryPolicy(first_wait_s=0.01, max_wait_s=0.05, unreachable_s=0.5)
+    with pytest.raises(CloudUnavailableError, match="cannot be reached") as caught:
+        ask(cloud.url, options={"retries": patience}, deadline_s=600, on_progress=stop)
+    assert caught.value.kind == "unreachable"
+    assert cloud.jobs
+    assert time.monotonic() - stopped[0] < 60
+    assert RetryPolicy().unreachable_s == 5.0
+
+
 @pytest.mark.parametrize("told", [True, False])
 def test_cancelling_stops_the_cloud(scripted: Any, made: Any, ask: Ask, told: bool) -> None:
     cloud = scripted.ScriptedCloud(made, step_s=30)
