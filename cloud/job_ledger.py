@@ -152,7 +152,8 @@ class JobLedger:
 
 
 def content_key(request: RunRequest, *, owner: str, model: str) -> str:
-    """32 hex digits that requests share whose results are the same bytes; owners never share results.
+    """32 hex digits that requests share whose results are the same bytes; owners never share results. A plain hash: who
+    lists the names can try guesses of the request.
 
     A result at the full split serves whoever would accept a smaller one too.
     """

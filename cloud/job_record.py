@@ -199,7 +199,8 @@ def job_id(owner: str, key: str) -> str:
 def fingerprint(document: bytes, salt: str | None = None) -> str:
     """ "<salt>:<sha256>" of a JSON body, the same for the same JSON however it is spaced and ordered.
 
-    Salted, so that equal prompts of two jobs cannot be told from their records.
+    Salted, so that equal prompts of two jobs cannot be told from their records. Not keyed: who reads the record can try
+    guesses of the body.
     """
     salt = uuid4().hex if salt is None else salt
     with contextlib.suppress(ValueError):
