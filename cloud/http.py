@@ -21,6 +21,7 @@ from starlette.responses import Response
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 EVENTS, STATUS = "text/event-stream", "application/json"
 MAX_KEY = 128
+KEY_ADDED = "latentrelay.key_added"  # in the ASGI scope, which no client writes: the Idempotency-Key is not its own
 _OFFERED = (MEDIA_TYPE, STATUS, EVENTS)  # the first is what a client without a preference gets
 _WAIT = re.compile(r"^wait(?:=\"?([0-9]{1,9}(?:\.[0-9]{1,9})?)\"?)?$")
 

@@ -2,7 +2,8 @@
 
 In: requests from uvicorn. Out: the replica's answer, message by message. A replica that is lost before it has answered
 is replaced by another one: every request of the service may be repeated, because a POST without an idempotency key gets
-one here. Lost later, the connection ends, and the client resumes. Nothing of Ray is imported here; see `Call`.
+one here. It is marked, so that the job still ends with its client, as that of a POST without a key does. Lost later,
+the connection ends, and the client resumes. Nothing of Ray is imported here; see `Call`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import aclosing
 from typing import Any
 
 from latentrelay.cloud.errors import ProblemError
+from latentrelay.cloud.http import KEY_ADDED
 
 Message = MutableMapping[str, Any]
 Call = Callable[[Message, bytes], AsyncGenerator[list[Message], None]]  # raises ReplicaLost
@@ -57,8 +59,9 @@ class Ingress:
         body = await _body(receive, self.max_body_bytes)
         if body is None:
             return
-        sent = {key: scope[key] for key in _SCOPE if key in scope}
-        sent["headers"] = _with_key(scope)
+        sent = {key: scope[key] for key in _SCOPE if key in scope} | {"headers": _headers(scope)}
+        if scope["method"] == "POST" and not any(name == b"idempotency-key" for name, _ in scope["headers"]):
+            sent |= {"headers": _with_key(scope), KEY_ADDED: True}
         gone = asyncio.ensure_future(_disconnected(receive))
         if scope["path"] == "/metrics" and scope["method"] == "GET":
             send = _replacing(send, self._metrics)
@@ -139,11 +142,12 @@ async def _disconnected(receive: Any) -> None:
 
 
 def _with_key(scope: Message) -> list[tuple[bytes, bytes]]:
-    """The headers, with an idempotency key for a POST that has none: it may be sent twice from here."""
-    headers = [(bytes(name), bytes(value)) for name, value in scope["headers"]]
-    if scope["method"] == "POST" and not any(name == b"idempotency-key" for name, _ in headers):
-        headers.append((b"idempotency-key", secrets.token_hex(16).encode()))
-    return headers
+    """The headers and an idempotency key, for a POST that has none: it may be sent twice from here."""
+    return [*_headers(scope), (b"idempotency-key", secrets.token_hex(16).encode())]
+
+
+def _headers(scope: Message) -> list[tuple[bytes, bytes]]:
+    return [(bytes(name), bytes(value)) for name, value in scope["headers"]]
 
 
 def _replacing(send: Any, text: Callable[[], Awaitable[bytes]]) -> Any:

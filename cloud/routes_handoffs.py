@@ -17,6 +17,7 @@ from latentrelay.cloud.blob_response import blob_response, whole_blob
 from latentrelay.cloud.errors import ProblemError, RefusedError
 from latentrelay.cloud.http import (
     EVENTS,
+    KEY_ADDED,
     STATUS,
     Preference,
     accepted,
@@ -99,7 +100,7 @@ class HandoffRoutes:
                 return _status_response(status, 202, headers)
             return await self._as_blob(request, job.id, status, headers)
         except ClientDisconnect:
-            if key is None:
+            if key is None or KEY_ADDED in request.scope:  # nobody can come back for it
                 await service.look(service.board.cancel, job.id, request.state.caller.name)
             raise
         except ProblemError as problem:  # whatever went wrong, the client learns which job it was about

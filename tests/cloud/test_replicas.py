@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from latentrelay.cloud.app import create_app
 from latentrelay.cloud.ray_ingress import Ingress, Message, ReplicaLost
 from latentrelay.cloud.ray_metrics import merged
 from latentrelay.cloud.ray_replica import Replica
@@ -217,3 +219,45 @@ def test_without_ray_the_extra_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_RAY], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("2 A service with replicas needs the module 'ray'")
     assert 'pip install "latentrelay[ray]"' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("headers", "left"),
+    [([], 0), ([(b"latentrelay.key_added", b"1"), (b"idempotency-key", b"mine")], 1)],
+    ids=["no key", "the client's key"],
+)
+def test_a_client_that_goes_away_ends_its_job_unless_it_gave_a_key(
+    gated: Any, headers: list[tuple[bytes, bytes]], left: int
+) -> None:
+    engine, gate = gated
+    gate.hold()
+    app = create_app(engine)
+    replica = Replica(lambda: engine, lambda engine: app)
+    fields = {"prompt": "the cat", "seed": 1, "height": 16, "width": 16, "num_steps": 4, "split": 2}
+    lines = [(b"content-type", b"application/json"), (b"prefer", b"wait=60"), *headers]
+    scope = {"type": "http", "method": "POST", "path": "/v1/handoffs", "raw_path": b"/v1/handoffs", "headers": lines}
+    scope |= {"asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "query_string": b"", "root_path": ""}
+
+    async def ask() -> int:
+        body = [{"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}]
+
+        async def receive() -> Message:
+            if body:
+                return body.pop()
+            await asyncio.to_thread(gate.await_call)  # the job runs, and its client goes
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            raise AssertionError("nobody is there to be answered")
+
+        async def text() -> bytes:
+            return b""
+
+        await Ingress(replica.asgi, metrics=text)(scope, receive, send)
+        board = app.state.service.board
+        open_jobs = board.open_jobs("anonymous")
+        gate.release()
+        await replica.close()
+        return int(open_jobs)
+
+    assert asyncio.run(ask()) == left
