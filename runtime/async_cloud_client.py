@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine, Generator
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,7 @@ from latentrelay.runtime.cloud_exchange import Exchange, Pause, Step, check_addr
 from latentrelay.runtime.cloud_line import check_head, take, translated, waits
 from latentrelay.runtime.cloud_protocol import Conversation, OnPreview, OnProgress
 from latentrelay.runtime.cloud_retries import DEFAULT_RETRIES, RetryPolicy
+from latentrelay.runtime.cloud_trust import trusted
 from latentrelay.runtime.errors import CloudError, CloudUnavailableError, MissingExtraError, RunCancelledError
 from latentrelay.runtime.handoff import DEFAULT_LIMITS, Handoff, HandoffLimits
 from latentrelay.runtime.handoff_request import HandoffRequest
@@ -45,9 +47,11 @@ class AsyncCloudClient:
         insecure: bool = False,
         retries: RetryPolicy = DEFAULT_RETRIES,
         capabilities_ttl_s: float = 30.0,
+        ca_file: Path | str | None = None,
     ) -> None:
         self._loopback = check_address(url, token, insecure)
         self.url = url.rstrip("/")
+        self._trust = trusted(url, ca_file)
         self._headers = request_headers(token)
         self.timeout_s = check_deadline(timeout_s)
         self._transport, self._limits, self._retries = transport, limits, retries
@@ -195,6 +199,9 @@ class AsyncCloudClient:
             except ImportError as error:
                 raise MissingExtraError("httpx", None, purpose="Asking a cloud") from error
             self._client = httpx.AsyncClient(
-                headers=self._headers, transport=self._transport, trust_env=not self._loopback
+                headers=self._headers,
+                transport=self._transport,
+                verify=True if self._trust is None else self._trust,
+                trust_env=not self._loopback,
             )
         return self._client

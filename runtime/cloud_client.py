@@ -2,8 +2,8 @@
 
 What is asked and what an answer means is cloud_protocol.py's; here are the connections, the deadline and cancelling.
 No answer in time, 5xx, 408, 425 and 429 are CloudUnavailableError (the device can go on alone); other 4xx are
-CloudRefusedError (the request is wrong); answers that break the protocol are CloudProtocolError. httpx is imported when
-a client is first used.
+CloudRefusedError (the request is wrong); a TLS certificate that nobody vouches for is CloudCertificateError; answers
+that break the protocol are CloudProtocolError. httpx is imported when a client is first used.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +21,7 @@ from latentrelay.runtime.cloud_exchange import Pause, Step, check_address, check
 from latentrelay.runtime.cloud_line import Line, Watch
 from latentrelay.runtime.cloud_protocol import Conversation, OnPreview, OnProgress
 from latentrelay.runtime.cloud_retries import DEFAULT_RETRIES, RetryPolicy
+from latentrelay.runtime.cloud_trust import trusted
 from latentrelay.runtime.degrade import FailureMemory
 from latentrelay.runtime.errors import CloudError, CloudUnavailableError, MissingExtraError, RunCancelledError
 from latentrelay.runtime.handoff import DEFAULT_LIMITS, Handoff, HandoffLimits
@@ -36,7 +38,8 @@ class CloudClient:
     """A client of one cloud; threads may share it. `timeout_s` bounds a whole handoff unless it is given a deadline.
 
     Plain http is for a loopback address only: prompts, and the token, would cross the network readable; `insecure=True`
-    allows it, for a network that is trusted. Capabilities are read
+    allows it, for a network that is trusted. `ca_file` is PEM: the certificates that an https address is checked
+    against, in the place of the public ones; SSL_CERT_FILE counts without it. Capabilities are read
     at most every `capabilities_ttl_s` seconds. `memory` is what `generate` remembers of this cloud's failures.
     `transport` is an httpx transport, for tests.
     """
@@ -52,9 +55,11 @@ class CloudClient:
         insecure: bool = False,
         retries: RetryPolicy = DEFAULT_RETRIES,
         capabilities_ttl_s: float = 30.0,
+        ca_file: Path | str | None = None,
     ) -> None:
         self._loopback = check_address(url, token, insecure)
         self.url = url.rstrip("/")
+        self._trust = trusted(url, ca_file)
         self._headers = request_headers(token)
         self.timeout_s = check_deadline(timeout_s)
         self._transport, self._limits, self._retries = transport, limits, retries
@@ -168,6 +173,7 @@ class CloudClient:
         return httpx.Client(
             headers=self._headers,
             transport=self._transport,
+            verify=True if self._trust is None else self._trust,
             trust_env=not self._loopback,  # no proxy stands between a machine and itself
         )
 

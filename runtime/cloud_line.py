@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentrelay.runtime.cloud_answers import ALONE, Answer
 from latentrelay.runtime.cloud_exchange import Exchange
+from latentrelay.runtime.cloud_trust import certificate_error
 from latentrelay.runtime.errors import CloudError, CloudProtocolError, CloudUnavailableError
 
 if TYPE_CHECKING:
@@ -175,6 +176,9 @@ def translated(error: Exception, url: str, exchange: Exchange, begun: bool) -> C
     """httpx's and the operating system's errors as ours; None for what is neither. `begun`: an answer had."""
     import httpx
 
+    untrusted = certificate_error(error, url)
+    if untrusted is not None:
+        return untrusted
     over = time.monotonic() >= exchange.deadline and isinstance(error, (httpx.HTTPError, OSError))
     if over or isinstance(error, TimeoutError):
         if begun:

@@ -11,6 +11,7 @@ LatentRelayError
 |                         |- BackendUnavailableError  what the bundle wants to run with does not exist on this system
 |- CloudError             |- CloudUnavailableError no answer in time, 5xx or 429
 |                         |- CloudRefusedError     a 4xx: the request is wrong for this cloud
+|                         |- CloudCertificateError  nobody vouches for the cloud's TLS certificate
 |                         |- CloudProtocolError    an answer that breaks the protocol
 |- MissingExtraError      an optional dependency is not installed
 |- RequestError           the caller's arguments make no sense
@@ -159,6 +160,12 @@ class CloudRefusedError(CloudError):
             else "Change the request, or run without the cloud.",
         )
         self.status, self.problem = status, dict(problem)
+
+
+class CloudCertificateError(CloudError):
+    """The cloud's TLS certificate could not be verified: it is not known who answers, and nothing was sent."""
+
+    exit_status = REFUSED
 
 
 class CloudProtocolError(CloudError):

@@ -113,6 +113,12 @@ def generate(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Plain HTTP off loopback, in a network you trust.")
     ] = False,
+    ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--ca", envvar="LATENTRELAY_CA", help="PEM: the cloud's certificate is checked against those in here."
+        ),
+    ] = None,
     wire_dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     fallback: Annotated[bool, typer.Option(help="Run all steps here if the cloud is out of reach.")] = True,
     cloud_deadline: Annotated[
@@ -169,6 +175,7 @@ def generate(
         previews=previews,
         public_key=public_key,
         insecure=insecure,
+        ca_file=ca,
     )
 
 

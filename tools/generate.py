@@ -38,11 +38,13 @@ def run(
     previews: Path | None = None,
     public_key: Path | None = None,
     insecure: bool = False,
+    ca_file: Path | None = None,
 ) -> None:
     """Verify the bundle, make the picture, write it, print what happened. `backend` stands for the bundle's own;
     `predict` False computes every step of a bundle that predicts some. `thermal` and `free_mib` say how the device is,
     `previews` is a folder for a small picture of every step, `public_key` whose signature the bundle must have;
-    `insecure` allows plain HTTP off loopback."""
+    `insecure` allows plain HTTP off loopback,
+    `ca_file` holds the certificates that the cloud's is checked against."""
     state = DeviceState(thermal, free_mib)
     if wire_dtype not in WIRE_DTYPES:
         raise RequestError("unknown wire dtype", got=wire_dtype, expected=" or ".join(WIRE_DTYPES))
@@ -53,7 +55,7 @@ def run(
     opened = Bundle.open(bundle, public_key=public_key)
     steps = opened.manifest.schedule.num_steps
     with (
-        CloudClient(cloud, token=token, insecure=insecure) if cloud else nullcontext() as client,
+        CloudClient(cloud, token=token, insecure=insecure, ca_file=ca_file) if cloud else nullcontext() as client,
         Session(opened, backend=backend) as session,
         counting("generating", steps) as advance,
     ):

@@ -11,7 +11,7 @@ CLASSES = [
 
 
 def test_the_tree_is_the_one_drawn_in_the_docstring() -> None:
-    assert len(CLASSES) == 19
+    assert len(CLASSES) == 20
     for cls in CLASSES:
         assert cls.__name__ in (errors.__doc__ or "")
         assert cls.__doc__
@@ -30,6 +30,7 @@ def test_the_tree_is_the_one_drawn_in_the_docstring() -> None:
         (errors.CloudUnavailableError, 1),
         (errors.CloudProtocolError, 1),
         (errors.CloudRefusedError, 3),
+        (errors.CloudCertificateError, 3),
         (errors.MissingExtraError, 2),
         (errors.RequestError, 2),
         (errors.RunCancelledError, 1),
