@@ -135,7 +135,8 @@ def _check(
 
 def _engine(how: Running) -> dict[str, Any]:
     """The arguments of Engine.load that depend on torch, and are imported with it."""
-    import torch
+    with extra("cloud", "the cloud service"):
+        import torch
     from latentrelay.cloud.limits import Limits
     from latentrelay.cloud.segment_cache import read_segment_cache
 
