@@ -307,7 +307,7 @@ class Deaf(Future[Any]):
 def test_a_run_whose_end_is_lost_fails_after_its_deadline(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("latentrelay.cloud.live_jobs._LATE_S", 0.1)
     monkeypatch.setattr(desk.module, "Future", Deaf)
-    lasting, lost = desk.accept("lasting", deadline_ms=600_000), desk.accept("lost", deadline_ms=300)
+    lasting, lost = desk.accept("lasting", deadline_ms=600_000), desk.accept("lost", deadline_ms=5000)
     desk.until(lambda: desk.runs.finished == 2)
     ended = desk.ended(lost.id)
     assert (ended.problem or {})["type"].endswith("deadline-passed")
