@@ -164,7 +164,9 @@ def held(gated: Any, start: Callable[..., CloudServer], tmp_path: Path) -> Itera
     gate.release()
 
 
-def test_one_caller_opens_only_so_many_streams_and_waits(held: Callable[..., tuple[str, str]]) -> None:
+def test_one_caller_opens_only_so_many_streams_and_waits(
+    held: Callable[..., tuple[str, str]], hostile_target: Any
+) -> None:
     url, job = held(True)
     token, events = "Authorization: Bearer wide-token", "Accept: text/event-stream"
     streams = opened(url, 16, token, events, path=f"/v1/handoffs/{job}")
@@ -172,11 +174,12 @@ def test_one_caller_opens_only_so_many_streams_and_waits(held: Callable[..., tup
     content = json.dumps(BODY | {"seed": 2}).encode()
     lines = [token, "Content-Type: application/json", f"Content-Length: {len(content)}"]
     headers = {"Authorization": "Bearer wide-token"}
-    more = opened(url, 3, token, events, path=f"/v1/handoffs/{job}")
-    more += opened(url, 3, token, "Prefer: wait=30", path=f"/v1/handoffs/{job}")
-    more += opened(url, 3, *lines, "Prefer: wait=30", method="POST", path="/v1/handoffs", body=content)
+    waits = ("Prefer: wait=30", "Connection: close")
+    more = opened(url, 3, token, events, "Connection: close", path=f"/v1/handoffs/{job}")
+    more += opened(url, 3, token, *waits, path=f"/v1/handoffs/{job}")
+    more += opened(url, 3, *lines, *waits, method="POST", path="/v1/handoffs", body=content)
     for each in more:
-        head, _, document = each.recv(65536).partition(b"\r\n\r\n")
+        head, _, document = hostile_target.everything(each).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 429")
         assert b"retry-after: 1" in head
         assert json.loads(document)["type"].endswith(":too-many-streams")

@@ -234,14 +234,15 @@ def test_a_wait_ends_when_the_time_is_up(desk: Desk) -> None:
 def test_a_thousand_waiters_need_no_thread_each(desk: Desk) -> None:
     desk.runs.gate.clear()
     job = desk.accept()
+    others = threading.active_count()  # what other tests have left running is not this one's
 
     async def all_wait() -> list[JobStatus]:
         waiters = [asyncio.ensure_future(desk.board.wait(job.id, ALICE, timeout_s=60)) for _ in range(1000)]
         await asyncio.sleep(0.05)
-        before = threading.active_count()
+        more = threading.active_count() - others
         desk.runs.gate.set()
         statuses = await asyncio.gather(*waiters)
-        assert before < 30 + (os.cpu_count() or 1)
+        assert more <= 4 + (os.cpu_count() or 1)  # what the loop keeps for calls that block
         return statuses
 
     assert {status.state for status in asyncio.run(all_wait())} == {"done"}
