@@ -2,7 +2,7 @@
 
 `record(url)` has a whole conversation with a running service over a bare socket and returns its exchanges, bytes as
 they crossed; `record_loops(bundle, folder)` runs a bundle and keeps every graph call. A new set is written by
-`python tests/transcript.py FOLDER URL`; one that is there is never written again.
+`python tests/transcript.py FOLDER URL`, or without URL the loops alone; one that is there is never written again.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def write_wire(folder: Path, exchanges: list[Exchanged]) -> None:
 
 
 def record_loops(bundle: Path, folder: Path) -> None:
-    """loop/: noise of seeds, and every graph call of two runs of `bundle`, from noise and from a handoff."""
+    """loop/: noise of seeds, and every graph call of runs of `bundle`, from noise and from a handoff, at each level."""
     from latentrelay.runtime import Bundle, Handoff, Session, initial_noise
     from latentrelay.runtime.handoff import HandoffMeta, prompt_digest
 
@@ -218,43 +218,48 @@ def record_loops(bundle: Path, folder: Path) -> None:
         (loop / "handoff.safetensors").write_bytes(handoff.to_bytes())
         starts = [(0, session.initial_latents(7), None), (1, handoff.latents, handoff.x0_prev)]
         for split, latents, memory in starts:
-            facts["runs"].append(_run(session, loop, split, latents, memory, embeds))
+            for level in ("normal", "hot"):
+                facts["runs"].append(_run(session, loop, split, level, latents, memory, embeds))
     (loop / "loop.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def _run(session: Any, loop: Path, split: int, latents: Any, memory: Any, embeds: Any) -> dict[str, Any]:
+def _run(session: Any, loop: Path, split: int, level: str, latents: Any, memory: Any, embeds: Any) -> dict[str, Any]:
     """One run with every graph call kept: arrays by role, `in.ROLE` and `out.ROLE`."""
     calls: list[dict[str, Any]] = []
-    plain = session.run_component
+    plain, stem = session.run_component, f"run-{split}-{level}"
 
     def kept(component: str, inputs: Any, outputs: Any = None) -> Any:
         spec = session.manifest.components[component]
         before = {f"in.{port.role}": np.array(inputs[port.name], dtype=port.dtype) for port in spec.inputs}
         made = plain(component, inputs, outputs)
         after = {f"out.{port.role}": np.array(made[port.name]) for port in spec.outputs}
-        name = f"run-{split}-call-{len(calls)}.safetensors"
+        name = f"{stem}-call-{len(calls)}.safetensors"
         safetensors.numpy.save_file({**before, **after}, loop / name)
         calls.append({"graph": component, "step": int(before["in.step"]), "file": name})
         return made
 
     session.run_component = kept
     try:
-        events = list(session.run_steps(latents, memory, split, embeds, 2.0, 7))
+        events = list(session.run_steps(latents, memory, split, embeds, 2.0, 7, level=level))
     finally:
         del session.run_component
-    (loop / f"run-{split}-latents.f32").write_bytes(events[-1].latents.astype("<f4").tobytes())
-    mask = session.mask(split)
+    (loop / f"{stem}-latents.f32").write_bytes(events[-1].latents.astype("<f4").tobytes())
+    mask = session.mask(split, level=level)
     return {
         "split": split,
+        "level": level,
         "split_row": mask.row,
         "mask": list(mask.mask),
         "kinds": [event.kind for event in events],
         "calls": calls,
-        "latents": f"run-{split}-latents.f32",
+        "latents": f"{stem}-latents.f32",
     }
 
 
 if __name__ == "__main__":
-    target, address = Path(sys.argv[1]), sys.argv[2]
-    write_wire(target, record(address))
-    record_loops(Path(__file__).parent / "golden/bundle-1.3", target)
+    target = Path(sys.argv[1])
+    if target.exists():
+        sys.exit(f"{target} is there: a transcript is never written again")
+    if sys.argv[2:]:
+        write_wire(target, record(sys.argv[2]))
+    record_loops(Path(__file__).parent / "golden/bundle-1.4-noise", target)

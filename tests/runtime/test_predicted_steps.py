@@ -50,11 +50,14 @@ OFFSET = np.zeros((ROWS, STEPS), np.float32)
 OFFSET[1], OFFSET[3] = [0.0, 0.25, 0.0, 0.75], [0.0, 0.5, 0.0, 0.125]
 ERRORS = np.array([0, 0.2, 0, 0.4], np.float32)
 CHOICES = np.array([[0, 0], [5, 3], [0, 0], [8, 0]], np.int64)
+AMPLITUDES = np.array([0.5, 0.25, -0.75, 1.0], np.float32)  # of a sampler's noise; the last step gets zeros
 PREDICTION = PredictionSpec("whole_output", FEATURE, MASKS)
 
 
-def write_steps(folder: Path, kit: SimpleNamespace, dtype: str = "float32", probe: bool = False) -> None:
-    """Both step graphs; with a probe the choices and the probe error are tables by step."""
+def write_steps(
+    folder: Path, kit: SimpleNamespace, dtype: str = "float32", probe: bool = False, noise: bool = False
+) -> None:
+    """Both step graphs; with a probe the choices and the probe error are tables by step; with noise it is added."""
     make, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
     kind = T.FLOAT16 if dtype == "float16" else T.FLOAT
     shapes = {"feature_ladder": FEATURE, **({"probe_ladder": PROBE} if probe else {})}
@@ -102,8 +105,15 @@ def write_steps(folder: Path, kit: SimpleNamespace, dtype: str = "float32", prob
         make("Mul", ["e", "b"], ["be"]),
         make("Mul", ["memory", "m"], ["mm"]),
         make("Add", ["ax", "be"], ["axbe"]),
-        make("Add", ["axbe", "mm"], ["next_latents"]),
+        make("Add", ["axbe", "mm"], ["without_noise" if noise else "next_latents"]),
     ]
+    if noise:
+        weights["amplitudes"] = AMPLITUDES
+        tail += [
+            make("Gather", ["amplitudes", "step"], ["amplitude"]),
+            make("Mul", ["noise", "amplitude"], ["added"]),
+            make("Add", ["without_noise", "added"], ["next_latents"]),
+        ]
     full = [
         make("Mul", ["latents", "kernel"], ["wx"]),
         make("ReduceMean", ["prompt_embeds"], ["means_"], axes=[1, 2], keepdims=1),
@@ -139,6 +149,7 @@ def write_steps(folder: Path, kit: SimpleNamespace, dtype: str = "float32", prob
         value("guidance", T.FLOAT, []),
         value("x0_prev", T.FLOAT, LATENT),
         *(value(role, kind, shape) for role, shape in shapes.items()),
+        *([value("noise", T.FLOAT, LATENT)] if noise else []),
     ]
     states = [value(name, T.FLOAT, LATENT) for name in ("next_latents", "next_x0_prev")]
     news = [value("next_" + role, kind, shape) for role, shape in shapes.items()]
@@ -157,13 +168,14 @@ def save(path: Path, nodes: list[Any], inputs: list[Any], outputs: list[Any], we
     onnx.save(model, path)
 
 
-def parts(kit: SimpleNamespace, dtype: str = "float32", probe: bool = False) -> dict[str, Any]:
+def parts(kit: SimpleNamespace, dtype: str = "float32", probe: bool = False, noise: bool = False) -> dict[str, Any]:
     """The manifest's components for those graphs."""
     found, port = kit.components(), kit.port
     base = found["step_full"]
     shapes = {"feature_ladder": FEATURE, **({"probe_ladder": PROBE} if probe else {})}
     inputs = (*base.inputs, port("split_row", "split_row", "int64"))
     inputs += tuple(port(role, role, dtype, *shape) for role, shape in shapes.items())
+    inputs += (port("noise", "noise", "float32", *LATENT),) if noise else ()
     news = tuple(port("next_" + role, role, dtype, *shape) for role, shape in shapes.items())
     chosen = (port("choices", "choices", "int64", 2), port("probe_error", "probe_error", "float32")) if probe else ()
     component = kit.m.Component
@@ -176,10 +188,16 @@ def parts(kit: SimpleNamespace, dtype: str = "float32", probe: bool = False) -> 
 def predicting(bundle_folder: Path, kit: SimpleNamespace) -> Callable[..., Path]:
     """Turn the tiny bundle into one with predicted steps; `threshold` asks for a probe."""
 
-    def build(dtype: str = "float32", probe: bool = False, threshold: float | None = None, **changes: Any) -> Path:
+    def build(
+        dtype: str = "float32",
+        probe: bool = False,
+        threshold: float | None = None,
+        noise: bool = False,
+        **changes: Any,
+    ) -> Path:
         for name in ("step_full.onnx", "model.onnx_data"):
             (bundle_folder / "unet" / name).unlink(missing_ok=True)
-        write_steps(bundle_folder, kit, dtype, probe)
+        write_steps(bundle_folder, kit, dtype, probe, noise)
         spec = PredictionSpec(
             "whole_output",
             FEATURE,
@@ -189,7 +207,7 @@ def predicting(bundle_folder: Path, kit: SimpleNamespace) -> Callable[..., Path]
             fallback_threshold=threshold,
         )
         (bundle_folder / "selftest.safetensors").unlink(missing_ok=True)
-        fields = {"components": parts(kit, dtype, probe), "prediction": spec, "selftest": None, **changes}
+        fields = {"components": parts(kit, dtype, probe, noise), "prediction": spec, "selftest": None, **changes}
         kit.reseal(bundle_folder, **fields)
         return bundle_folder
 

@@ -1,7 +1,6 @@
 """Our client and our loop against the golden transcript, as docs/embedding.md asks of any implementation."""
 
 import dataclasses
-import hashlib
 import json
 import re
 import socket
@@ -13,14 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from latentrelay.runtime import Bundle, CloudClient, Handoff, HandoffRequest, Session, initial_noise
+from latentrelay.runtime import Bundle, CloudClient, Handoff, HandoffRequest, Session, StepEvent, initial_noise
 from latentrelay.runtime.errors import CloudRefusedError, CloudUnavailableError
 from latentrelay.runtime.handoff import prompt_digest
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-WIRE, LOOP = GOLDEN / "transcript-1/wire", GOLDEN / "transcript-1/loop"
+WIRE = GOLDEN / "transcript-1/wire"
 FACTS = json.loads((WIRE / "transcript.json").read_text(encoding="utf-8"))
-LOOPS = json.loads((LOOP / "loop.json").read_text())
+LOOPS = {folder: json.loads((folder / "loop.json").read_text()) for folder in sorted(GOLDEN.glob("transcript-*/loop"))}
+RUNS = [
+    pytest.param(folder, run, id=f"{folder.parent.name} split {run['split']} {run.get('level', 'normal')}")
+    for folder, facts in LOOPS.items()
+    for run in facts["runs"]
+]
+NOISES = [(folder, row) for folder, facts in LOOPS.items() for row in facts["noise"]]
 
 
 def recorded(name: str, side: str) -> bytes:
@@ -142,25 +147,22 @@ def test_recorded_refusals(replay: Callable[..., Replay], name: str, error: type
         client.handoff(request(), deadline_s=60)
 
 
-@pytest.mark.parametrize("row", LOOPS["noise"], ids=[row["file"] for row in LOOPS["noise"]])
-def test_the_recorded_noise(row: dict[str, Any]) -> None:
-    expected = np.frombuffer((LOOP / row["file"]).read_bytes(), "<f4").reshape(row["shape"])
+@pytest.mark.parametrize(("folder", "row"), NOISES)
+def test_the_recorded_noise(folder: Path, row: dict[str, Any]) -> None:
+    expected = np.frombuffer((folder / row["file"]).read_bytes(), "<f4").reshape(row["shape"])
     np.testing.assert_allclose(initial_noise(row["seed"], row["shape"]), expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("run", LOOPS["runs"], ids=[f"split-{run['split']}" for run in LOOPS["runs"]])
-def test_the_loop_makes_the_recorded_calls(run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("folder", "run"), RUNS)
+def test_the_loop_makes_the_recorded_calls(folder: Path, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """No graph runs here: each call's inputs are compared with the recorded ones and its recorded outputs returned."""
-    calls = iter(run["calls"])
-    handoff = Handoff.from_bytes((LOOP / "handoff.safetensors").read_bytes())
-    with Session(Bundle.open(GOLDEN / LOOPS["bundle"])) as session:
-        embeds = session.encode(LOOPS["prompt"], LOOPS["negative_prompt"])
-        handoff.check(session.manifest, prompt=LOOPS["prompt"], negative_prompt=LOOPS["negative_prompt"], split=1)
+    facts, calls = LOOPS[folder], iter(run["calls"])
+    with Session(Bundle.open(GOLDEN / facts["bundle"])) as session:
 
         def replayed(component: str, inputs: Any, outputs: Any = None) -> dict[str, Any]:
             call = next(calls)
             assert (component, int(inputs["step"])) == (call["graph"], call["step"])
-            arrays = safetensors.numpy.load_file(LOOP / call["file"])
+            arrays = safetensors.numpy.load_file(folder / call["file"])
             spec = session.manifest.components[component]
             for port in spec.inputs:
                 wanted = arrays[f"in.{port.role}"]
@@ -171,25 +173,55 @@ def test_the_loop_makes_the_recorded_calls(run: dict[str, Any], monkeypatch: pyt
                 made[name] = array
             return made
 
+        embeds = session.encode(facts["prompt"], facts["negative_prompt"])
         monkeypatch.setattr(session, "run_component", replayed)
-        start = (session.initial_latents(7), None) if run["split"] == 0 else (handoff.latents, handoff.x0_prev)
-        events = list(session.run_steps(*start, run["split"], embeds, 2.0, 7))
+        events = made_by(session, folder, run, embeds)
     assert next(calls, None) is None
     assert [event.kind for event in events] == run["kinds"]
-    expected = np.frombuffer((LOOP / run["latents"]).read_bytes(), "<f4")
-    np.testing.assert_array_equal(events[-1].latents.ravel(), expected)
+    np.testing.assert_array_equal(events[-1].latents.ravel(), latents_of(folder, run))
 
 
-def test_the_recorded_runs_are_what_the_bundle_does() -> None:
+def made_by(session: Session, folder: Path, run: dict[str, Any], embeds: Any) -> list[StepEvent]:
+    """The run's steps, from the noise of its seed or from the recorded handoff, which must fit the bundle."""
+    facts, split = LOOPS[folder], run["split"]
+    latents, memory = session.initial_latents(7), None
+    if split:
+        handoff = Handoff.from_bytes((folder / "handoff.safetensors").read_bytes())
+        handoff.check(session.manifest, prompt=facts["prompt"], negative_prompt=facts["negative_prompt"], split=split)
+        latents, memory = handoff.latents, handoff.x0_prev
+    return list(session.run_steps(latents, memory, split, embeds, 2.0, 7, level=run.get("level", "normal")))
+
+
+def latents_of(folder: Path, run: dict[str, Any]) -> Any:
+    return np.frombuffer((folder / run["latents"]).read_bytes(), "<f4")
+
+
+@pytest.mark.parametrize(("folder", "run"), RUNS)
+def test_the_recorded_runs_are_what_the_bundle_does(folder: Path, run: dict[str, Any]) -> None:
     """With its graphs: the recording is not of another bundle."""
-    assert {kind for run in LOOPS["runs"] for kind in run["kinds"]} == {"full", "predicted", "recomputed"}
-    handoff = Handoff.from_bytes((LOOP / "handoff.safetensors").read_bytes())
-    assert hashlib.sha256((LOOP / "handoff.safetensors").read_bytes()).hexdigest() == handoff.digest()
-    with Session(Bundle.open(GOLDEN / LOOPS["bundle"])) as session:
-        embeds = session.encode(LOOPS["prompt"], LOOPS["negative_prompt"])
-        *_, last = session.run_steps(handoff.latents, handoff.x0_prev, 1, embeds, 2.0, 7)
-    expected = np.frombuffer((LOOP / LOOPS["runs"][1]["latents"]).read_bytes(), "<f4")
-    np.testing.assert_allclose(last.latents.ravel(), expected, atol=2e-3)  # float16 ladders
+    facts = LOOPS[folder]
+    with Session(Bundle.open(GOLDEN / facts["bundle"])) as session:
+        halves = session.manifest.prediction.ladder_dtype == "float16"
+        embeds = session.encode(facts["prompt"], facts["negative_prompt"])
+        *_, last = made_by(session, folder, run, embeds)
+    np.testing.assert_allclose(last.latents.ravel(), latents_of(folder, run), atol=2e-3 if halves else 1e-5)
+
+
+def test_the_recordings_tell_the_usual_mistakes_apart() -> None:
+    """A prediction after a step that was computed after all (a swap would show), noise, and a mask of each level."""
+    for folder, facts in LOOPS.items():
+        assert {kind for run in facts["runs"] for kind in run["kinds"]} == {"full", "predicted", "recomputed"}, folder
+    (folder, facts) = list(LOOPS.items())[-1]
+    assert ["recomputed", "predicted"] in [run["kinds"][at : at + 2] for run in facts["runs"] for at in range(3)]
+    masks = {(run["split"], run["level"]): run["mask"] for run in facts["runs"]}
+    assert masks[0, "normal"] != masks[0, "hot"]
+    for run in facts["runs"]:
+        noises: dict[int, list[Any]] = {}
+        for call in run["calls"]:
+            noises.setdefault(call["step"], []).append(safetensors.numpy.load_file(folder / call["file"])["in.noise"])
+        for step, drawn in noises.items():  # one draw a step, however often it is called; the last step has none
+            assert all(np.array_equal(each, drawn[0]) for each in drawn)
+            assert np.any(drawn[0]) == (step < 3)
 
 
 def test_the_files_that_the_embedding_document_names_are_there() -> None:
@@ -198,4 +230,5 @@ def test_the_files_that_the_embedding_document_names_are_there() -> None:
     named = re.findall(r"`((?:[a-z]+/)?[a-z0-9_-]+\.(?:f32|json))`", text)
     among = [name for name in named if "/" in name or name.endswith(".f32")]
     assert {"loop/noise-1.f32", "wire/transcript.json"} <= set(among)
-    assert [name for name in among if not (root / "tests/golden/transcript-1" / name).is_file()] == []
+    places = sorted((root / "tests/golden").glob("transcript-*"))
+    assert [name for name in among if not any((place / name).is_file() for place in places)] == []

@@ -17,6 +17,12 @@ WIRE, LOOP = GOLDEN / "wire", GOLDEN / "loop"
 FACTS = json.loads((WIRE / "transcript.json").read_text("utf-8"))
 LOOP_FACTS = json.loads((LOOP / "loop.json").read_text("utf-8"))
 MANIFEST = json.loads((GOLDEN.parent / LOOP_FACTS["bundle"] / "manifest.json").read_text("utf-8"))
+LOOPS = {folder: json.loads((folder / "loop.json").read_text("utf-8")) for folder in GOLDEN.parent.glob("*/loop")}
+RUNS = [
+    pytest.param(folder, run, id=f"{folder.parent.name} split {run['split']} {run.get('level', 'normal')}")
+    for folder, facts in sorted(LOOPS.items())
+    for run in facts["runs"]
+]
 BLOB = (WIRE / "handoff.safetensors").read_bytes()
 JOB = "144b32acf1569b24a1bb5fa91ffc992f"
 FULL_REQUEST = json.loads((WIRE / "02-post.request").read_bytes().partition(b"\r\n\r\n")[2])
@@ -212,9 +218,9 @@ def test_the_noise_of_a_seed(second: Any, entry: dict[str, Any]) -> None:
 class Recorded:
     """Stands for ONNX Runtime: checks what goes in against the recorded calls, and gives what came out."""
 
-    def __init__(self, second: Any, calls: list[dict[str, Any]]) -> None:
+    def __init__(self, second: Any, calls: list[dict[str, Any]], folder: Path = LOOP) -> None:
         self.names = [call["graph"] for call in calls]
-        self.calls = [second.blob.read_tensors((LOOP / call["file"]).read_bytes())[1] for call in calls]
+        self.calls = [second.blob.read_tensors((folder / call["file"]).read_bytes())[1] for call in calls]
         self.made = 0
 
     def first(self, role: str) -> Any:
@@ -230,19 +236,20 @@ class Recorded:
         return {key[4:]: array.values for key, array in arrays.items() if key.startswith("out.")}
 
 
-@pytest.mark.parametrize("number", range(len(LOOP_FACTS["runs"])))
-def test_the_loop_makes_the_recorded_calls(second: Any, number: int) -> None:
-    facts = LOOP_FACTS["runs"][number]
-    graph = Recorded(second, facts["calls"])
+@pytest.mark.parametrize(("folder", "facts"), RUNS)
+def test_the_loop_makes_the_recorded_calls(second: Any, folder: Path, facts: dict[str, Any]) -> None:
+    manifest = json.loads((GOLDEN.parent / LOOPS[folder]["bundle"] / "manifest.json").read_text("utf-8"))
+    graph = Recorded(second, facts["calls"], folder)
     if facts["split"]:
-        arrays = second.blob.parse((LOOP / "handoff.safetensors").read_bytes()).arrays
+        arrays = second.blob.parse((folder / "handoff.safetensors").read_bytes()).arrays
         latents, memory = arrays["latents"].values, arrays["x0_prev"].values
     else:
-        latents, memory = second.loop.start_latents(MANIFEST, 7), None
-    result = second.loop.run(MANIFEST, graph, latents, memory, facts["split"], graph.first("prompt_embeds"), 2.0, 7)
+        latents, memory = second.loop.start_latents(manifest, 7), None
+    level, embeds = facts.get("level", "normal"), graph.first("prompt_embeds")
+    result = second.loop.run(manifest, graph, latents, memory, facts["split"], embeds, 2.0, 7, level)
     assert result.kinds == facts["kinds"]
     assert graph.made == len(facts["calls"])
-    assert same(result.latents, floats(LOOP / facts["latents"]), 1e-5)
+    assert same(result.latents, floats(folder / facts["latents"]), 1e-5)
 
 
 def test_a_recomputed_step_leaves_the_ladders_as_they_are(second: Any) -> None:
