@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from latentrelay.cloud.openmp import release_workers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -72,6 +73,7 @@ class ActivationMemory:
         with self._lock:
             if self._known is None:
                 self._known = self._looked()
+                release_workers()  # whoever asks first looks
             return self._known
 
     def _looked(self) -> list[tuple[int, float]]:

@@ -23,6 +23,7 @@ from latentrelay.cloud.content_cache import ContentCache, content_key
 from latentrelay.cloud.engine import Engine
 from latentrelay.cloud.errors import DeadlinePassedError, DrainingError, RunCancelled, RunFailedError
 from latentrelay.cloud.network_call import where
+from latentrelay.cloud.openmp import release_workers
 from latentrelay.cloud.places import Job, Places
 from latentrelay.cloud.requests import RunRequest, wire_version
 from latentrelay.cloud.run_state import Snapshot
@@ -85,8 +86,10 @@ class Batcher:
         self._threads: tuple[threading.Thread, ...] = ()
 
     def start(self) -> None:
-        """Start the threads; requests submitted before wait for it. torch's thread count is the caller's."""
+        """Start the threads; requests submitted before wait for it. torch's thread count is the caller's, who gives up
+        OpenMP's workers: the batcher's thread has its own."""
         count = torch.get_num_threads()
+        release_workers()
         self._threads = (
             threading.Thread(target=self._run, args=(count,), name="latentrelay-batcher", daemon=True),
             threading.Thread(target=self._keep_deadlines, name="latentrelay-deadlines", daemon=True),

@@ -25,6 +25,7 @@ from latentrelay.cloud.errors import ProblemError
 from latentrelay.cloud.latent_preview import PreviewFactors, fit_factors
 from latentrelay.cloud.limits import Limits
 from latentrelay.cloud.loading import check_supported, load_pipeline, model_digest, model_family
+from latentrelay.cloud.openmp import release_workers
 from latentrelay.cloud.requests import RunRequest, check_limits, invalid_field, wire_version
 from latentrelay.cloud.run_state import RunState, Snapshot
 from latentrelay.cloud.schedules import Schedules
@@ -106,9 +107,11 @@ class Engine:
         beside = Path(model) / STEP_CACHE
         if step_cache is None and beside.is_file():
             step_cache = read_segment_cache(beside)
-        return cls(
+        engine = cls(
             pipeline, name=name or model, limits=limits, channels_last=last, compiled=compiled, step_cache=step_cache
         )
+        release_workers()  # whoever runs it may be another thread
+        return engine
 
     @property
     def unet(self) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers
+from latentrelay.cloud.openmp import release_workers
 from latentrelay.cloud.requests import invalid_field
 from latentrelay.runtime.samplers import SAMPLERS, SamplerRule, is_few_step, sampler_for, scheduler_digest
 
@@ -45,6 +46,7 @@ class Schedules:
             prepared = self._prepared.get((sampler, num_steps))
             if prepared is None:
                 prepared = self._prepared[sampler, num_steps] = _prepared(self._plain[sampler], num_steps)
+                release_workers()  # a request's thread, as a rule
         return _fork(prepared)
 
 

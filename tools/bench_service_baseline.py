@@ -30,9 +30,11 @@ def main(words: list[str] | None = None) -> None:
     end_with_parent()
     import torch
     import uvicorn
+    from latentrelay.cloud.openmp import release_workers
 
     torch.set_num_threads(asked.threads)
     app = _application(pipeline_of(asked.model))
+    release_workers()  # as ours does: what is compared is not who knows OpenMP
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(app, http="h11", ws="none", lifespan="off", access_log=False, log_level="warning")
     asked.port_file.write_text(str(listener.getsockname()[1]))  # bound: whoever connects now is answered
