@@ -14,6 +14,8 @@ import httpx
 import pytest
 from latentrelay.cloud.app import create_app
 from latentrelay.cloud.engine import Engine
+from latentrelay.cloud.folder_store import FolderStore
+from latentrelay.cloud.jobs import JobBoard, JobOptions
 from latentrelay.cloud.serve import CloudServer
 
 
@@ -152,3 +154,48 @@ def thread_runs() -> Any:
     module = sys.modules["thread_runs"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FolderStore:
+    return FolderStore(tmp_path / "store")
+
+
+@pytest.fixture
+def boards(thread_runs: Any, store: FolderStore) -> Iterator[Callable[..., tuple[JobBoard, Any]]]:
+    """`boards("a", limit=..., observer=..., **options)`: another started replica of the model "a" on the store, and its
+    runner."""
+    made: list[tuple[JobBoard, Any]] = []
+
+    def another(
+        model: str = "m", *, limit: int = 64, observer: Any = None, paused: bool = False, **options: Any
+    ) -> tuple[JobBoard, Any]:
+        runs = thread_runs.ThreadRuns(limit=limit)
+        if paused:
+            runs.gate.clear()
+        board = JobBoard(
+            FolderStore(store.folder),
+            runs,
+            options=JobOptions(**{"poll_s": 0.02, **options}),
+            observer=observer,
+            model=model,
+        )
+        board.start()
+        made.append((board, runs))
+        return board, runs
+
+    yield another
+    for board, runs in made:
+        board.close()
+        runs.close()
+
+
+@pytest.fixture
+def accept(thread_runs: Any) -> Callable[..., str]:
+    """`accept(board, prompt, key=..., **facts)`: the id of a job of "me"."""
+
+    def accepted(board: JobBoard, prompt: str = "a fox", *, key: str | None = None, **facts: Any) -> str:
+        document = thread_runs.body(prompt, **facts)
+        return board.accept(thread_runs.parsed(document), document, owner="me", key=key).id
+
+    return accepted

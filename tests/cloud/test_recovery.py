@@ -20,52 +20,10 @@ from latentrelay.cloud.errors import MemoryRefusedError, ProblemError, QueueFull
 from latentrelay.cloud.folder_store import FolderStore
 from latentrelay.cloud.job_ledger import JobLedger
 from latentrelay.cloud.job_record import JobRecord, JobStatus, Moment
-from latentrelay.cloud.jobs import JobBoard, JobOptions
+from latentrelay.cloud.jobs import JobBoard
 
 ME = "me"
 Boards = Callable[..., tuple[JobBoard, Any]]
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> FolderStore:
-    return FolderStore(tmp_path / "store")
-
-
-@pytest.fixture
-def boards(thread_runs: Any, store: FolderStore) -> Iterator[Boards]:
-    """`boards(limit=..., observer=..., **options)`: another started replica on the store, and its runner."""
-    made: list[tuple[JobBoard, Any]] = []
-
-    def another(*, limit: int = 64, observer: Any = None, paused: bool = False, **options: Any) -> tuple[JobBoard, Any]:
-        runs = thread_runs.ThreadRuns(limit=limit)
-        if paused:
-            runs.gate.clear()
-        board = JobBoard(
-            FolderStore(store.folder),
-            runs,
-            options=JobOptions(**{"poll_s": 0.02, **options}),
-            observer=observer,
-            model="m",
-        )
-        board.start()
-        made.append((board, runs))
-        return board, runs
-
-    yield another
-    for board, runs in made:
-        board.close()
-        runs.close()
-
-
-@pytest.fixture
-def accept(thread_runs: Any) -> Callable[..., str]:
-    """`accept(board, prompt, key=..., **facts)`: the id."""
-
-    def accepted(board: JobBoard, prompt: str = "a fox", *, key: str | None = None, **facts: Any) -> str:
-        document = thread_runs.body(prompt, **facts)
-        return board.accept(thread_runs.parsed(document), document, owner=ME, key=key).id
-
-    return accepted
 
 
 def ended(board: JobBoard, id: str) -> JobStatus:

@@ -8,8 +8,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,48 +16,10 @@ from latentrelay.cloud.errors import ProblemError
 from latentrelay.cloud.folder_store import FolderStore
 from latentrelay.cloud.job_ledger import JobLedger
 from latentrelay.cloud.job_record import JobRecord
-from latentrelay.cloud.jobs import JobBoard, JobOptions
+from latentrelay.cloud.jobs import JobBoard
 
 ME = "me"
 Boards = Callable[..., tuple[JobBoard, Any]]
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> FolderStore:
-    return FolderStore(tmp_path / "store")
-
-
-@pytest.fixture
-def boards(thread_runs: Any, store: FolderStore) -> Iterator[Boards]:
-    """`boards("a", **options)`: a started board of the model "a" on the store, and its runner."""
-    made: list[tuple[JobBoard, Any]] = []
-
-    def another(model: str, *, paused: bool = False, **options: Any) -> tuple[JobBoard, Any]:
-        runs = thread_runs.ThreadRuns()
-        if paused:
-            runs.gate.clear()
-        board = JobBoard(
-            FolderStore(store.folder), runs, options=JobOptions(**{"poll_s": 0.02, **options}), model=model
-        )
-        board.start()
-        made.append((board, runs))
-        return board, runs
-
-    yield another
-    for board, runs in made:
-        board.close()
-        runs.close()
-
-
-@pytest.fixture
-def accept(thread_runs: Any) -> Callable[..., str]:
-    """`accept(board, prompt, key=..., **facts)`: the id."""
-
-    def accepted(board: JobBoard, prompt: str = "a fox", *, key: str | None = None, **facts: Any) -> str:
-        document = thread_runs.body(prompt, **facts)
-        return board.accept(thread_runs.parsed(document), document, owner=ME, key=key).id
-
-    return accepted
 
 
 def until(holds: Callable[[], object]) -> None:
