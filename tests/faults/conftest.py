@@ -51,6 +51,6 @@ def server(processes: Any, model_folder: Path, tmp_path_factory: pytest.TempPath
     """
     folder = tmp_path_factory.mktemp("server")
     with ExitStack() as stack:
-        small = stack.enter_context(processes.small_file_system(folder / "small", mib=4))
+        small = stack.enter_context(processes.small_file_system(folder / "small", mib=64))
         store = folder / "small" / "store" if small else folder / "store"
         yield stack.enter_context(processes.ServerProcess(model_folder, folder, store=store, small=small))
